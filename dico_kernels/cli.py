@@ -1,0 +1,76 @@
+"""``python -m dico_kernels``: what is installed, and reports of benchmark results."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+_EXAMPLES = """examples:
+  python -m dico_kernels info
+  python -m dico_kernels info --json
+  pytest benchmarks/ --benchmark-only                            measure (in a clone)
+  python -m dico_kernels bench report bench-results/*.json       the same tables again, as Markdown
+  python -m dico_kernels bench report FILE... --out report/      Markdown and PNG plots into a folder
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status (0, or 2 for arguments that cannot be used)."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if not hasattr(args, "run"):
+        parser.print_help()
+        return 2
+    return int(args.run(args))
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="python -m dico_kernels",
+        description="Fused kernels for convolutional diffusion models.",
+        epilog=_EXAMPLES,
+        formatter_class=raw,
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    info = commands.add_parser("info", help="what was built, what is missing and what that costs")
+    info.add_argument("--json", action="store_true", help="machine-readable")
+    info.set_defaults(run=_info)
+
+    bench = commands.add_parser("bench", help="benchmark results", epilog=_EXAMPLES, formatter_class=raw)
+    bench.set_defaults(run=lambda args: bench.print_help() or 2)
+    actions = bench.add_subparsers(title="actions", metavar="ACTION")
+    report = actions.add_parser(
+        "report", help="Markdown tables and PNG plots of result files", epilog=_EXAMPLES, formatter_class=raw
+    )
+    report.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JSON that `pytest benchmarks/` wrote")
+    report.add_argument("--out", type=Path, help="folder for report.md and plots; default: Markdown to the terminal")
+    report.set_defaults(run=_report)
+    return parser
+
+
+def _info(args: argparse.Namespace) -> int:
+    from dico_kernels.info import build_info, render
+
+    info = build_info()
+    print(json.dumps(info, indent=2) if args.json else render(info))
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from dico_kernels.benchmarks import report
+
+    try:
+        results = [report.load(path) for path in args.files]
+        if args.out is None:
+            print("\n\n".join(report.markdown(result) for result in results))
+        else:
+            for path in report.write(results, args.out):
+                print(path)
+    except (OSError, ValueError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

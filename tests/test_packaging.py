@@ -1,0 +1,209 @@
+"""The installation: what it says of itself is true, and what is missing costs no more than it says."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support import ROOT, copy_package, run_python
+
+import dico_kernels as dk
+from dico_kernels import info, native
+from dico_kernels.fatbin import device_code
+
+# Imports run one way; a floor knows only the floors before it. (info, fatbin and version are read by all.)
+TOWER = [
+    {"version", "fatbin"},
+    {"kernels", "native", "reference"},
+    {"info"},
+    {"ops"},
+    {"nn"},
+    {"fuse"},
+    {"models", "checkpoints", "sampling", "training"},
+    {"__init__"},
+    {"benchmarks"},
+    {"cli"},
+    {"__main__"},
+]
+
+
+def floor(module: str) -> int:
+    return next(i for i, names in enumerate(TOWER) if module in names)
+
+
+def first_parts(path: Path, package: str) -> set[str]:
+    """First name after dico_kernels of everything a file imports from the package."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("dico_kernels.")}
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                found.add(package)
+            elif node.module == "dico_kernels":
+                found |= {a.name for a in node.names}
+            elif (node.module or "").startswith("dico_kernels."):
+                found.add(node.module.split(".")[1])
+    return found
+
+
+def test_imports_run_one_way():
+    sources = {p: p.relative_to(ROOT / "dico_kernels").parts[0].removesuffix(".py") for p in
+               (ROOT / "dico_kernels").rglob("*.py")}  # fmt: skip
+    sources |= dict.fromkeys((ROOT / "reference").glob("*.py"), "reference")
+    sources |= dict.fromkeys((ROOT / "benchmarks").glob("*.py"), "benchmarks")
+    assert len(sources) > 15
+    for path, module in sources.items():
+        for imported in first_parts(path, module):
+            lower = floor(imported) < floor(module) or imported == module
+            assert lower, f"{path.name} ({module}) imports {imported}"
+
+
+def test_build_info_is_json_and_true():
+    built = dk.build_info()
+    assert json.loads(json.dumps(built)) == built
+    assert built["version"] == dk.__version__
+    assert built["torch"] == torch.__version__
+    assert built["native"]["isa"] == built["native"]["isas"][0]
+    assert built["native"]["isas_compiled"][-1] == "base"
+    assert set(built["native"]["isas"]) <= set(built["native"]["isas_compiled"])
+
+
+def test_one_openmp_runtime():
+    """The extension shares torch's thread pool; two runtimes would fight over the cores."""
+    code = "import dico_kernels\nprint(*{l.split()[-1] for l in open('/proc/self/maps') if 'gomp' in l or 'iomp' in l})"
+    out = run_python("-c", code, cwd=Path("/")).stdout.split()
+    if not dk.build_info()["native"]["openmp"]:
+        pytest.skip("built without OpenMP")
+    assert len(out) == 1
+
+
+def test_device_code_is_what_nvidias_tool_finds():
+    if not dk.build_info()["native"]["device_code"]:
+        pytest.skip("built without CUDA")
+    library = native.extension().__file__
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    listed = subprocess.run([tool, "-lelf", "-lptx", library], capture_output=True, text=True, check=True).stdout
+    expected = {f"sm_{arch}" for arch in re.findall(r"sm_(\w+)\.cubin", listed)}
+    expected |= {f"compute_{arch}" for arch in re.findall(r"sm_(\w+)\.ptx", listed)}
+    assert set(device_code(library)) == expected
+
+
+def test_a_library_without_device_code_has_none():
+    assert device_code(torch._C.__file__) == []
+
+
+@pytest.fixture
+def package_copy(tmp_path):
+    return copy_package(tmp_path)
+
+
+def run_copy(package_copy, code):
+    return run_python("-c", code, cwd=Path("/"), PYTHONPATH=str(package_copy.parent))
+
+
+def test_works_without_the_extension(package_copy):
+    for library in package_copy.glob("_C*"):
+        library.unlink()
+    # Before an editable installation's finder, which would still find the extension where it was built.
+    (package_copy / "_C.py").write_text("raise ImportError('not built')")
+    code = (
+        "import torch, dico_kernels as dk\n"
+        "from dico_kernels import info, native\n"
+        "dk.create_model('DiCo-S')\n"
+        "print(info.render(dk.build_info()))\n"
+        "native.adaln_modulate(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1), torch.zeros(1, 1))"
+    )
+    done = run_copy(package_copy, code)
+    assert "native kernels: CPU and CUDA kernels cannot run: dico_kernels._C cannot be imported" in done.stdout
+    assert done.returncode == 1
+    assert "ImportError: dico_kernels._C cannot be imported" in done.stderr
+    assert "pip install -e ." in done.stderr
+
+
+def test_works_without_triton(package_copy):
+    (package_copy.parent / "triton.py").write_text("raise ImportError('no triton here')")
+    code = "import dico_kernels as dk\nprint(dk.create_model('DiT-S/2').label_count)"
+    assert run_copy(package_copy, code).stdout.strip() == "1001"
+
+
+def test_what_is_missing_is_named_with_its_cost():
+    full = {"native": {"openmp": True, "device_code": ["sm_90a"]}, "triton": "3.7.1", "gpu": "a card"}
+    assert info.missing(full) == []
+    bare = {"native": {"openmp": False, "device_code": [], "cuda": "no nvcc"}, "triton": None, "gpu": None}
+    assert [name for name, _ in info.missing(bare)] == ["OpenMP", "CUDA kernels", "Triton", "GPU"]
+    for _, cost in info.missing(bare):
+        assert len(cost) > 20
+
+
+@pytest.mark.parametrize("isa", native.isas())
+def test_the_instruction_set_can_be_forced(isa):
+    code = "import dico_kernels as dk; print(dk.build_info()['native']['isa'])"
+    assert run_python("-c", code, cwd=Path("/"), DICO_KERNELS_CPU_ISA=isa).stdout.strip() == isa
+
+
+def test_an_unknown_instruction_set_is_named():
+    done = run_python("-c", "import dico_kernels", cwd=Path("/"), DICO_KERNELS_CPU_ISA="v9")
+    assert "DICO_KERNELS_CPU_ISA='v9'" in done.stderr
+    assert "accepted: " in done.stderr
+
+
+class TestCommandLine:
+    def run(self, *args):
+        return run_python("-m", "dico_kernels", *args, cwd=Path("/"))
+
+    def test_info(self):
+        done = self.run("info")
+        assert done.returncode == 0
+        assert dk.__version__ in done.stdout
+        assert json.loads(self.run("info", "--json").stdout) == dk.build_info()
+
+    def test_help_has_examples(self):
+        for args in ((), ("bench",), ("bench", "report")):
+            assert "examples:" in self.run(*args, "--help").stdout
+
+    def test_nothing_to_do_is_status_2(self):
+        assert self.run().returncode == 2
+        assert self.run("bench").returncode == 2
+        assert self.run("levitate").returncode == 2
+
+
+def cmake(tmp_path, *options, **env):
+    pybind11 = pytest.importorskip("pybind11", reason="pybind11 is a build requirement only")
+    if not shutil.which("cmake"):
+        pytest.skip("no cmake outside the build")
+    import os
+
+    return subprocess.run(
+        ["cmake", "-S", ROOT, "-B", tmp_path, f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+         f"-DPython_EXECUTABLE={sys.executable}", *options],
+        capture_output=True, text=True, check=False, env={**os.environ, **env},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "env", "said"),
+    [
+        (["-DDICO_CUDA=0"], {}, "CUDA: left out (DICO_KERNELS_CUDA=0)"),
+        (["-DCMAKE_CUDA_COMPILER=NOTFOUND"], {}, "CUDA: no working nvcc was found at build time"),
+    ],
+)
+def test_configures_without_cuda(tmp_path, options, env, said):
+    done = cmake(tmp_path, *options, **env)
+    assert done.returncode == 0, done.stderr
+    assert said in done.stdout
+
+
+def test_cuda_demanded_and_absent_is_an_error(tmp_path):
+    done = cmake(tmp_path, "-DDICO_CUDA=1", "-DCMAKE_CUDA_COMPILER=NOTFOUND")
+    assert done.returncode != 0
+    assert "Put nvcc on PATH" in " ".join(done.stderr.split())
