@@ -22,8 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     if not hasattr(args, "run"):
-        parser.print_help()
-        return 2
+        return _help(parser)
     return int(args.run(args))
 
 
@@ -41,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     info.set_defaults(run=_info)
 
     bench = commands.add_parser("bench", help="benchmark results", epilog=_EXAMPLES, formatter_class=raw)
-    bench.set_defaults(run=lambda args: bench.print_help() or 2)
+    bench.set_defaults(run=lambda args: _help(bench))
     actions = bench.add_subparsers(title="actions", metavar="ACTION")
     report = actions.add_parser(
         "report", help="Markdown tables and PNG plots of result files", epilog=_EXAMPLES, formatter_class=raw
@@ -50,6 +49,11 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--out", type=Path, help="folder for report.md and plots; default: Markdown to the terminal")
     report.set_defaults(run=_report)
     return parser
+
+
+def _help(parser: argparse.ArgumentParser) -> int:
+    parser.print_help()
+    return 2
 
 
 def _info(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Multiply-accumulates of a model: what the papers call FLOPs."""
+"""Multiply-accumulates: what the papers call FLOPs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 from collections import defaultdict
 
 import torch
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .base import Denoiser
@@ -14,26 +15,27 @@ from .base import Denoiser
 def count_macs(model: Denoiser, height: int, width: int, batch: int = 1) -> int:
     """MACs of the convolutions, linears and attention of one forward pass.
 
-    Counted by torch's own counter on the meta device: no memory is touched, and the model is left as it is.
-
     Args:
-        model: a reference model.
+        model: a reference model; it is left as it is.
         height: H of the latent (32 for 256-pixel images).
         width: W of the latent.
         batch: samples; t and y have one entry each.
     """
-    return sum(count_macs_by_op(model, height, width, batch).values())
-
-
-def count_macs_by_op(model: Denoiser, height: int, width: int, batch: int = 1) -> dict[str, int]:
-    """As count_macs, split by torch operator: {"convolution": ..., "addmm": ...}."""
-    shadow = copy.deepcopy(model).to("meta").eval()
     x = torch.empty(batch, model.in_channels, height, width, device="meta")
     t = torch.zeros(batch, device="meta")
     y = torch.zeros(batch, dtype=torch.long, device="meta")
+    return sum(count_macs_by_op(model, x, t, y).values())
+
+
+def count_macs_by_op(module: nn.Module, *args: Tensor) -> dict[str, int]:
+    """MACs of module(*args) by torch operator: {"convolution": ..., "addmm": ..., "bmm": ...}.
+
+    Counted by torch's own counter on the meta device, where attention is plain products and no memory is touched.
+    """
+    shadow = copy.deepcopy(module).to("meta").eval()
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
-        shadow(x, t, y)
+        shadow(*(a.to("meta") for a in args))
     macs: dict[str, int] = defaultdict(int)
     for op, flops in counter.get_flop_counts()["Global"].items():
         macs[str(op).removeprefix("aten.")] += flops // 2

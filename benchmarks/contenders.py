@@ -1,0 +1,246 @@
+"""How each contender does the work: the same weights and inputs, made ready to be called."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dico_kernels import create_model
+from dico_kernels.reference import functional as reference
+from dico_kernels.reference.base import Denoiser
+from dico_kernels.reference.dico import DiCoBlock
+from dico_kernels.reference.dit import Attention, adaln_tokens
+from dico_kernels.reference.macs import count_macs, count_macs_by_op
+from dico_kernels.reference.weights import fill_
+
+from .harness import Contender, relative_error
+from .limits import bytes_moved
+from .presets import HalfArena, ModelArena
+
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
+_CHECKED_IMAGES = 2  # errors are measured on the first images of a batch
+_L2_BYTES = 100 * 2**20  # above any current L2 or L3: input sets together should exceed it, up to _MAX_SETS
+_MAX_SETS = 4
+_SDPA = {"compile_flash": "FLASH_ATTENTION", "compile_cudnn": "CUDNN_ATTENTION"}
+
+
+@contextmanager
+def precision(dtype: str) -> Iterator[None]:
+    """torch's float32 flags for a dtype name: default for "fp32" and "bf16", TF32 everywhere for "tf32"."""
+    matmul, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = cudnn
+
+
+@functools.lru_cache(maxsize=3)
+def _filled(name: str, latent: int) -> Denoiser:
+    """A model with hard weights, float32, on the CPU; a scale's three models are kept."""
+    overrides: dict[str, Any] = {"input_size": latent} if name.startswith("DiT") else {}
+    fill_(model := create_model(name, **overrides))
+    return model.eval()
+
+
+class PointwiseLinear(nn.Module):
+    """A 1x1 convolution as a Linear over the channels of channels_last memory."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(conv.weight.detach().flatten(1)), conv.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, K, H, W)."""
+        return F.linear(x.permute(0, 2, 3, 1), self.weight, self.bias).permute(0, 3, 1, 2)
+
+
+def with_linear_pointwise(model: nn.Module) -> nn.Module:
+    """The model with each 1x1 convolution replaced by a PointwiseLinear, in place."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Conv2d) and child.kernel_size == (1, 1):
+                setattr(parent, name, PointwiseLinear(child))
+    return model
+
+
+def _inputs(arena: ModelArena, index: int, channels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """One input set: latents, and a timestep and a label for each image."""
+    side, generator = arena.resolution // 8, torch.Generator().manual_seed(index)
+    x = torch.randn(arena.batch, channels, side, side, generator=generator)
+    images = torch.arange(arena.batch)
+    return x, (images * 389 + 500) % 1000, (images * 207 + 7) % 1000
+
+
+def _timed(call: Callable[[], object], device: torch.device) -> float:
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _compiled(fn: Any, device: torch.device) -> Any:
+    # max-autotune tries many GEMM tilings and uses CUDA graphs; Inductor's CPU code has nothing like it to try.
+    return torch.compile(fn, mode="max-autotune") if device.type == "cuda" else torch.compile(fn)
+
+
+def model_contender(arena: ModelArena, name: str, how: str, device: torch.device) -> Contender:
+    """A model of an arena, ready to run one inference call or training step."""
+    source = _filled(name, arena.resolution // 8)
+    training, dtype = arena.mode == "training", DTYPES[arena.dtype]
+    model: nn.Module = copy.deepcopy(source).to(device)
+    weights = torch.float32 if training else dtype
+    layout = torch.contiguous_format if how == "eager" or name.startswith("DiT") else torch.channels_last
+    if how == "compile_linear":
+        model = with_linear_pointwise(model)
+    model = model.to(dtype=weights).to(memory_format=layout).train(training)  # type: ignore[call-overload]
+    one = arena.batch * source.in_channels * (arena.resolution // 8) ** 2 * 4
+    sets = [
+        tuple(
+            v.to(device, weights, memory_format=layout) if v.is_floating_point() else v.to(device)
+            for v in _inputs(arena, index, source.in_channels)
+        )
+        for index in range(max(1, min(_MAX_SETS, _L2_BYTES // one)))
+    ]
+    forward = _compiled(model, device) if how.startswith("compile") else model
+    guards = functools.partial(_guards, arena.dtype, how, training, device)
+
+    step = _training_step(forward, model, source.out_channels, guards) if training else None
+
+    def run(i: int) -> Tensor:
+        inputs = sets[i % len(sets)]
+        if step is not None:
+            return step(*inputs)
+        with torch.inference_mode(), guards():
+            out: Tensor = forward(*inputs)
+        return out
+
+    first = _timed(lambda: run(0), device)
+    side = arena.resolution // 8
+    error = None
+    if not training:
+        count = min(arena.batch, _CHECKED_IMAGES)
+        error = relative_error(run(0)[:count].cpu(), _truth(name, side, arena.batch, count, device))
+    return Contender(
+        run,
+        compile_s=first if how.startswith("compile") else None,
+        error=error,
+        macs=None if training else count_macs(source, side, side, arena.batch),
+        moved=None if training else bytes_moved(source, side, side, arena.batch, weights.itemsize),
+    )
+
+
+@contextmanager
+def _guards(dtype: str, how: str, training: bool, device: torch.device) -> Iterator[None]:
+    """The flags and contexts that a contender's calls run under."""
+    with ExitStack() as stack:
+        stack.enter_context(precision(dtype))
+        if training and dtype == "bf16":
+            stack.enter_context(torch.autocast(device.type, torch.bfloat16))
+        if how in _SDPA:
+            from torch.nn.attention import SDPBackend, sdpa_kernel
+
+            stack.enter_context(sdpa_kernel(getattr(SDPBackend, _SDPA[how])))
+        yield
+
+
+def _training_step(
+    forward: Any, model: nn.Module, channels: int, guards: Callable[[], Any]
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0)
+
+    def step(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        optimiser.zero_grad(set_to_none=True)
+        with guards():
+            out = forward(x, t, y)
+            loss = F.mse_loss(out.float(), x.float().repeat(1, channels // x.shape[1], 1, 1))
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+        return loss.detach()
+
+    return step
+
+
+@functools.lru_cache(maxsize=6)
+def _truth(name: str, side: int, batch: int, count: int, device: torch.device) -> Tensor:
+    """The first images' outputs in float64, from the same float32 weights and inputs."""
+    model = _filled(name, side)
+    arena = ModelArena("S", side * 8, batch, "fp32")
+    x, t, y = (v[:count].to(device) for v in _inputs(arena, 0, model.in_channels))
+    exact = copy.deepcopy(model).double().to(device)
+    with torch.inference_mode():
+        return exact(x.double(), t, y).cpu()
+
+
+class ConvHalf(nn.Module):
+    """The convolution half of a DiCo block on its own: (x, shift, scale, gate) -> x."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.block = DiCoBlock(width, 1)
+
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
+        """X is (N, C, H, W)."""
+        b = self.block
+        h = reference.gelu(b.conv2(b.conv1(reference.adaln_modulate(x, shift, scale))))
+        return reference.gated_residual(x, b.conv3(h * b.ca(h)), gate)
+
+
+class AttentionHalf(nn.Module):
+    """The attention half of a DiT block on its own, heads of 64: (x, shift, scale, gate) -> x, tokens (N, T, D)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.attn = Attention(width, width // 64)
+
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
+        """X is (N, T, D)."""
+        return x + gate[:, None] * self.attn(adaln_tokens(x, shift, scale))
+
+
+def half_contender(arena: HalfArena, op: str, how: str, device: torch.device) -> Contender:
+    """One half of a block, ready to run."""
+    n, c, side, dtype = arena.batch, arena.width, arena.side, DTYPES[arena.dtype]
+    half: nn.Module = ConvHalf(c) if op == "conv_half" else AttentionHalf(c)
+    fill_(half).eval()
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(n, c, side, side, generator=generator)
+    x = image if op == "conv_half" else image.flatten(2).transpose(1, 2).contiguous()
+    vectors = [torch.randn(n, c, generator=generator) for _ in range(3)]
+    with torch.inference_mode():
+        truth = copy.deepcopy(half).double()(x[:1].double(), *(v[:1].double() for v in vectors))
+    layout = torch.contiguous_format if how == "eager" or op != "conv_half" else torch.channels_last
+    half = half.to(device, dtype).to(memory_format=layout)  # type: ignore[call-overload]
+    args = [x.to(device, dtype, memory_format=layout), *(v.to(device, dtype) for v in vectors)]
+    forward = _compiled(half, device) if how == "compile" else half
+
+    def run(i: int) -> Tensor:
+        del i
+        with torch.inference_mode(), precision(arena.dtype):
+            out: Tensor = forward(*args)
+        return out
+
+    first = _timed(lambda: run(0), device)
+    weights = sum(p.numel() for name, p in half.named_parameters() if _is_used(name))
+    return Contender(
+        run,
+        compile_s=first if how == "compile" else None,
+        error=relative_error(run(0)[:1].cpu(), truth),
+        macs=sum(count_macs_by_op(half, *args).values()),
+        moved=dtype.itemsize * (2 * image.numel() + weights),
+    )
+
+
+def _is_used(name: str) -> bool:
+    return not any(part in name for part in ("adaLN", "conv4", "conv5"))

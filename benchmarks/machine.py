@@ -1,0 +1,80 @@
+"""What a result was measured on: device, clocks, versions, commit, flags."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dico_kernels import build_info
+
+
+def _output(*command: str) -> str | None:
+    """A command's first line, or None where it is not there or fails."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=20, check=True, cwd=Path(__file__).parent
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip().splitlines()[0] if done.stdout.strip() else None
+
+
+def _cpu_name() -> str:
+    try:
+        match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        match = None
+    return match.group(1).strip() if match else platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    head = _output("git", "rev-parse", "--short=12", "HEAD")
+    if head is None:
+        return None
+    return head + ("+changes" if _output("git", "status", "--porcelain", "--untracked-files=no") else "")
+
+
+def device() -> torch.device:
+    """Where benchmarks run: the current CUDA device if torch sees one, else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def describe() -> dict[str, Any]:
+    """A dictionary of JSON types that identifies the machine and the software."""
+    where = device()
+    found: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(where) if where.type == "cuda" else _cpu_name(),
+        "kind": where.type,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "commit": _commit(),
+        "build": build_info(),
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "cudnn_tf32": torch.backends.cudnn.allow_tf32,
+    }
+    if where.type == "cuda":
+        properties = torch.cuda.get_device_properties(where)
+        query = "clocks.sm,clocks.mem,clocks.max.sm,power.limit,driver_version"
+        found |= {
+            "processors": properties.multi_processor_count,
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "cuda": torch.version.cuda,
+            "clocks": _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"),
+        }
+    else:
+        found["clocks"] = f"{mhz} MHz" if (mhz := _cpu_mhz()) else None
+    return found
+
+
+def _cpu_mhz() -> int | None:
+    try:
+        found = re.findall(r"cpu MHz\s*:\s*([\d.]+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        return None
+    return round(max(map(float, found))) if found else None

@@ -1,0 +1,97 @@
+"""Result files: tables, Markdown, plots, and that README shows a committed one to the letter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from support import ROOT, run_python
+
+from dico_kernels.benchmarks import report
+
+RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """A real result of the smoke preset."""
+    path = tmp_path_factory.mktemp("bench") / "smoke.json"
+    done = run_python(
+        "-m", "pytest", str(ROOT / "benchmarks"), "--benchmark-only", "--preset", "smoke", "--results", str(path),
+        "-p", "no:cacheprovider", "-k", "DiCo-S or DiT or half", cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return path, done.stdout
+
+
+def test_a_run_prints_its_tables_and_writes_them(measured):
+    path, printed = measured
+    result = report.load(path)
+    assert report.text(result) in printed
+    assert "256 px (latent 32x32), inference" in printed
+    assert "vs DiT" in printed
+    assert max(map(len, report.text(result).splitlines())) < 120
+    rows = {(r["model"], r["contender"]): r for r in result["models"]}
+    assert set(rows) == {("DiCo-S", "eager"), ("DiCo-S", "channels_last"), ("DiT-S/2", "eager")}  # -k narrows
+    dit = rows["DiT-S/2", "eager"]
+    assert dit["vs_dit"] == 1
+    for row in result["models"]:
+        assert row["vs_dit"] == pytest.approx(row["img_s"] / dit["img_s"])
+        assert 1e-8 < row["error"] < 1e-5
+        assert 0 < row["share"] < 1.5
+        assert row["peak_bytes"] > 2**20
+        assert len(row["samples_s"]) == 2
+    assert result["machine"]["build"]["torch"]
+    assert result["preset"] == "smoke"
+
+
+def test_pytest_benchmark_sees_the_interleaved_samples(measured):
+    path, printed = measured
+    row = report.load(path)["models"][0]
+    median = sum(row["samples_s"]) / 2 * 1e3
+    assert f"{median:.4f}" in printed
+
+
+def test_markdown_and_plots(measured, tmp_path):
+    done = run_python("-m", "dico_kernels", "bench", "report", str(measured[0]), "--out", str(tmp_path), cwd=Path("/"))
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["limit-1.png", "report.md", "throughput-1.png"]
+    for plot in tmp_path.glob("*.png"):
+        assert plot.read_bytes().startswith(b"\x89PNG")
+        assert plot.name in (tmp_path / "report.md").read_text()
+    printed = run_python("-m", "dico_kernels", "bench", "report", str(measured[0]), cwd=Path("/")).stdout
+    assert printed.strip() in (tmp_path / "report.md").read_text()
+    assert "| DiCo-S | channels_last | fp32 | 1 |" in printed
+
+
+@pytest.mark.parametrize(("content", "named"), [("{", "not JSON"), ('{"schema": 99}', "schema 99"), ("[]", "'list'")])
+def test_a_file_that_is_no_result_is_named(tmp_path, content, named):
+    bad = tmp_path / "bad.json"
+    bad.write_text(content)
+    done = run_python("-m", "dico_kernels", "bench", "report", str(bad), cwd=Path("/"))
+    assert done.returncode == 2
+    assert named in done.stderr
+    assert "bad.json" in done.stderr
+
+
+def test_an_absent_file_is_named():
+    done = run_python("-m", "dico_kernels", "bench", "report", "/absent.json", cwd=Path("/"))
+    assert done.returncode == 2
+    assert "/absent.json" in done.stderr
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda p: p.name)
+def test_committed_results_are_whole(path):
+    result = report.load(path)
+    assert result["machine"]["commit"]
+    assert "+changes" not in result["machine"]["commit"], "measured on a tree that no commit holds"
+    for row in result["models"]:
+        assert row["img_s"] == pytest.approx(row["batch"] / row["median_s"])
+    json.dumps(result, allow_nan=False)
+
+
+def test_readme_shows_a_committed_result():
+    readme = (ROOT / "README.md").read_text()
+    shown = readme[readme.index(report.README_BEGIN) : readme.index(report.README_END) + len(report.README_END)]
+    assert shown in [report.readme_block(report.load(path)) for path in RESULTS]
