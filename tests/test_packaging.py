@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cmake as cmake_package
+import pybind11
 import pytest
 import torch
 from support import ROOT, copy_package, run_python
