@@ -77,6 +77,7 @@ class CMakeBuild(build_ext):
 
 setup(
     version=version(),
+    license="Apache-2.0",
     packages=["dico_kernels", "dico_kernels.reference", "dico_kernels.benchmarks"],
     package_dir={"dico_kernels.reference": "reference", "dico_kernels.benchmarks": "benchmarks"},
     package_data={"dico_kernels": ["py.typed"]},
