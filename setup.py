@@ -78,7 +78,7 @@ class CMakeBuild(build_ext):
 setup(
     version=version(),
     license="Apache-2.0",
-    packages=["dico_kernels", "dico_kernels.reference", "dico_kernels.benchmarks"],
+    packages=["dico_kernels", "dico_kernels.ops", "dico_kernels.reference", "dico_kernels.benchmarks"],
     package_dir={"dico_kernels.reference": "reference", "dico_kernels.benchmarks": "benchmarks"},
     package_data={"dico_kernels": ["py.typed"]},
     ext_modules=[Extension("dico_kernels._C", sources=[])],

@@ -39,7 +39,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     state = metafunc.config.stash[_STATE]
-    for fixture, arenas in (("model_row", state.models), ("half_row", state.halves)):
+    for fixture, arenas in (
+        ("model_row", state.models),
+        ("half_row", state.halves),
+        ("op_row", state.ops),
+    ):
         if fixture in metafunc.fixturenames:
             rows = [(a, r) for a in arenas for r in a.rows(state.device.type == "cuda")]
             metafunc.parametrize(fixture, rows, ids=[f"{a.title()}-{'-'.join(r)}" for a, r in rows])
@@ -49,7 +53,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """Only rows that will run are measured, so -k narrows a run."""
     state = session.config.stash[_STATE]
     for item in session.items:
-        for fixture in ("model_row", "half_row"):
+        for fixture in ("model_row", "half_row", "op_row"):
             if fixture in getattr(getattr(item, "callspec", None), "params", {}):
                 arena, row = item.callspec.params[fixture]  # type: ignore[attr-defined]
                 state.selected.setdefault(arena, []).append(row)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-Preset = Literal["auto", "smoke", "cpu", "gpu", "full"]
 PRESETS: dict[str, str] = {
     "auto": "cpu, or gpu where torch sees one",
     "smoke": "seconds: one model size, batch 1, to see that everything runs",
     "cpu": "under 3 minutes on 2 cores: size S, batch 1 and 4, eager",
     "gpu": "sizes S and XL, batch 1 and 64, eager and torch.compile, inference and training",
+    "ops": "each fused op against the best eager layout at the level shapes of sizes S and XL: some 4 minutes on a CPU",
     "full": "every size the device can hold, all batches, torch.compile: hours on a GPU, an hour on a CPU",
 }
 SCALES = {
@@ -87,6 +87,72 @@ class HalfArena:
         return f"C{self.width}-{self.side}x{self.side}-b{self.batch}-{self.dtype}"
 
 
+@dataclass(frozen=True)
+class OpArena:
+    """One fused op at one shape, against its definition in both memory layouts.
+
+    Attributes:
+        op: name in dico_kernels.ops.
+        size: "S" or "XL", whose level the shape is.
+        batch, channels, side: the image that the op works on; for pixel_shuffle_skip, the one it returns.
+        dtype: "fp32" or "bf16".
+        backward: whether a sample is forward and backward.
+    """
+
+    op: str
+    size: str
+    batch: int
+    channels: int
+    side: int
+    dtype: str
+    backward: bool
+    rounds: int = 9
+
+    @property
+    def mode(self) -> str:
+        """What a sample is."""
+        return "forward+backward" if self.backward else "forward"
+
+    def rows(self, gpu: bool) -> Iterator[tuple[str, str]]:
+        """(op, contender) of everything that takes part."""
+        for contender in ("eager", "channels_last", "triton" if gpu else "native"):
+            yield self.op, contender
+
+    def title(self) -> str:
+        """What all its rows share."""
+        shape = f"{self.batch}x{self.channels}x{self.side}x{self.side}"
+        return f"{self.op}-{self.size}-{shape}-{self.dtype}-{self.mode}"
+
+
+# (channels over D, 32 over the side) of the levels each op meets; FCDM's GRN sees three times the width.
+_DICO_LEVELS = ((1, 1), (2, 1), (2, 2), (4, 4))
+_FCDM_LEVELS = ((1, 1), (2, 2), (4, 4))
+_OP_LEVELS = {
+    "adaln_modulate": ("DiCo", _DICO_LEVELS),
+    "gated_residual": ("DiCo", _DICO_LEVELS),
+    "gated_residual_adaln": ("DiCo", _DICO_LEVELS),
+    "pointwise_depthwise_gelu": ("DiCo", _DICO_LEVELS),
+    "cca_gate": ("DiCo", _DICO_LEVELS),
+    "depthwise_adaln": ("FCDM", _FCDM_LEVELS),
+    "grn": ("FCDM", tuple((3 * c, s) for c, s in _FCDM_LEVELS)),
+    "pixel_shuffle_skip": ("DiCo", ((2, 1), (2, 2))),
+}
+_WIDTHS = {("DiCo", "S"): 128, ("DiCo", "XL"): 416, ("FCDM", "S"): 128, ("FCDM", "XL"): 512}
+
+
+def op_arenas(gpu: bool) -> list[OpArena]:
+    """Every op at the level shapes of sizes S and XL."""
+    batches = {"S": 64, "XL": 64} if gpu else {"S": 4, "XL": 1}
+    return [
+        OpArena(op, size, batches[size], multiple * _WIDTHS[family, size], 32 // shrink, dtype, backward)
+        for op, (family, levels) in _OP_LEVELS.items()
+        for size in ("S", "XL")
+        for multiple, shrink in levels
+        for dtype in ("fp32", "bf16")
+        for backward in (False, True)
+    ]
+
+
 def resolve(preset: str, gpu: bool) -> str:
     """The preset that a name means here: "auto" is the default of the device.
 
@@ -102,18 +168,24 @@ def resolve(preset: str, gpu: bool) -> str:
     return preset
 
 
-def arenas(preset: str, gpu: bool) -> tuple[list[ModelArena], list[HalfArena]]:
-    """The arenas of a resolved preset."""
+Arenas = tuple[list[ModelArena], list[HalfArena], list[OpArena]]
+
+
+def arenas(preset: str, gpu: bool) -> Arenas:
+    """The arenas of a resolved preset: whole models, halves of blocks, ops."""
+    if preset == "ops":
+        return [], [], op_arenas(gpu)
     if preset == "smoke":
         quick: dict[str, Any] = {"rounds": 2}
-        return [ModelArena("S", 256, 1, "fp32", **quick)], [HalfArena(128, 16, 1, "fp32", **quick)]
+        ops = [OpArena(op, "S", 1, 64, 16, "fp32", True, **quick) for op in _OP_LEVELS]
+        return [ModelArena("S", 256, 1, "fp32", **quick)], [HalfArena(128, 16, 1, "fp32", **quick)], ops
     if preset == "cpu":
         models = [
             ModelArena("S", resolution, batch, dtype)
             for resolution, batch in ((256, 1), (256, 4), (512, 1))
             for dtype in ("fp32", "bf16")
         ]
-        return models, [HalfArena(384, side, 4, dtype) for side in (16, 32) for dtype in ("fp32", "bf16")]
+        return models, [HalfArena(384, side, 4, dtype) for side in (16, 32) for dtype in ("fp32", "bf16")], []
     if preset == "gpu":
         models = [
             ModelArena(scale, resolution, batch, "bf16", compiled=True)
@@ -124,11 +196,11 @@ def arenas(preset: str, gpu: bool) -> tuple[list[ModelArena], list[HalfArena]]:
         models += [ModelArena("XL", 256, 64, dtype) for dtype in ("fp32", "tf32")]
         models.append(ModelArena("XL", 256, 32, "bf16", "training", compiled=True))
         halves = [HalfArena(1152, side, 64, "bf16", compiled=True, rounds=8) for side in (16, 32, 64)]
-        return models, halves
+        return models, halves, op_arenas(gpu)
     return _full(gpu)
 
 
-def _full(gpu: bool) -> tuple[list[ModelArena], list[HalfArena]]:
+def _full(gpu: bool) -> Arenas:
     scales = tuple(SCALES) if gpu else ("S", "B")
     batches = (1, 8, 64, 256) if gpu else (1, 4)
     models = []
@@ -144,4 +216,5 @@ def _full(gpu: bool) -> tuple[list[ModelArena], list[HalfArena]]:
         models.append(ModelArena(scale, 256, 32 if gpu else 4, "bf16", "training", compiled=True))
         models.append(ModelArena(scale, 256, 32 if gpu else 4, "fp32", "training", compiled=not gpu))
     width, batch, sides = (1152, 64, (8, 16, 32, 64)) if gpu else (384, 4, (8, 16, 32))
-    return models, [HalfArena(width, side, batch, dtype, True) for side in sides for dtype in ("bf16", "fp32")]
+    halves = [HalfArena(width, side, batch, dtype, True) for side in sides for dtype in ("bf16", "fp32")]
+    return models, halves, op_arenas(gpu)

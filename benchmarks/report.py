@@ -7,6 +7,7 @@ A result is what ``pytest benchmarks/ --benchmark-only`` writes: one JSON object
 from __future__ import annotations
 
 import json
+import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -77,6 +78,40 @@ HALF_COLUMNS: list[Column] = [
 ]
 
 
+OP_COLUMNS: list[Column] = [
+    ("op", lambda r: r["op"]),
+    ("mode", lambda r: r["mode"]),
+    ("dtype", lambda r: r["dtype"]),
+    ("shapes", lambda r: str(r["shapes"])),
+    ("slowest", lambda r: _number(r["least"], "{:.2f}x")),
+    ("median", lambda r: _number(r["median"], "{:.2f}x")),
+    ("fastest", lambda r: _number(r["most"], "{:.2f}x")),
+    ("slowest at", lambda r: r["where"]),
+]
+
+
+def _op_summary(rows: list[Row]) -> list[Row]:
+    """The fused contenders' speed over the best eager layout, over the shapes of each op, mode and dtype."""
+    groups: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        if row["contender"] not in ("eager", "channels_last"):
+            groups[row["op"], row["mode"], row["dtype"]].append(row)
+    found = []
+    for (op, mode, dtype), members in groups.items():
+        members = sorted(members, key=lambda r: r["vs_eager"])
+        slowest = members[0]
+        found.append(
+            {
+                **{"op": op, "mode": mode, "dtype": dtype, "shapes": len(members), "arena": op},
+                "least": slowest["vs_eager"],
+                "median": statistics.median(r["vs_eager"] for r in members),
+                "most": members[-1]["vs_eager"],
+                "where": f"{slowest['size']} {slowest['batch']}x{slowest['channels']}x{slowest['side']}^2",
+            }
+        )
+    return found
+
+
 def tables(result: Result) -> list[tuple[str, list[Column], list[Row]]]:
     """(title, columns, rows) of every table of a result: one a resolution and mode, then the halves of blocks."""
     by_title: dict[str, list[Row]] = defaultdict(list)
@@ -87,6 +122,10 @@ def tables(result: Result) -> list[tuple[str, list[Column], list[Row]]]:
     if result["halves"]:
         title = "DiCo's convolution half against DiT's attention half, equal tokens and width"
         found.append((title, _used(HALF_COLUMNS, result["halves"]), result["halves"]))
+    if result.get("ops"):
+        fused = next(r["contender"] for r in result["ops"] if r["contender"] not in ("eager", "channels_last"))
+        title = f"fused ops ({fused}) against the faster of eager NCHW and channels_last, over level shapes"
+        found.append((title, OP_COLUMNS, _op_summary(result["ops"])))
     return found
 
 

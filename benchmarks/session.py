@@ -44,8 +44,8 @@ class Session:
         self.device = machine.device()
         gpu = self.device.type == "cuda"
         self.preset = presets.resolve(preset, gpu)
-        self.models, self.halves = presets.arenas(self.preset, gpu)
-        self.rows: dict[str, list[report.Row]] = {"models": [], "halves": []}
+        self.models, self.halves, self.ops = presets.arenas(self.preset, gpu)
+        self.rows: dict[str, list[report.Row]] = {"models": [], "halves": [], "ops": []}
         self.ceilings: dict[str, limits.Ceiling] = {}
         self.selected: dict[Any, list[tuple[str, str]]] = {}
         self._arena: Any = None
@@ -102,14 +102,12 @@ class Session:
 
     def result(self) -> report.Result:
         """Everything measured so far, as written to JSON."""
-        for rows, key, other, ours in (("models", "model", "DiT", "vs_dit"), ("halves", "op", "att", "vs_attention")):
-            fastest: dict[str, float] = {}
-            for row in self.rows[rows]:
-                if row[key].startswith(other):
-                    fastest[row["arena"]] = min(row["median_s"], fastest.get(row["arena"], float("inf")))
-            for row in self.rows[rows]:
-                if row["arena"] in fastest:
-                    row[ours] = fastest[row["arena"]] / row["median_s"]
+        for rows, over, against in (
+            ("models", "vs_dit", lambda row: row["model"].startswith("DiT")),
+            ("halves", "vs_attention", lambda row: row["op"] == "attention_half"),
+            ("ops", "vs_eager", lambda row: row["contender"] in ("eager", "channels_last")),
+        ):
+            _add_ratios(self.rows[rows], over, against)
         return {
             "schema": report.SCHEMA,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -118,3 +116,13 @@ class Session:
             "ceilings": {dtype: ceiling.as_dict() for dtype, ceiling in self.ceilings.items()},
             **self.rows,
         }
+
+
+def _add_ratios(rows: list[report.Row], over: str, against: Callable[[report.Row], bool]) -> None:
+    """Speed over the fastest of some rows of the same arena, where it has any."""
+    fastest: dict[str, float] = {}
+    for row in filter(against, rows):
+        fastest[row["arena"]] = min(row["median_s"], fastest.get(row["arena"], float("inf")))
+    for row in rows:
+        if row["arena"] in fastest:
+            row[over] = fastest[row["arena"]] / row["median_s"]

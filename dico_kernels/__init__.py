@@ -1,8 +1,22 @@
 """Fused kernels for convolutional diffusion models, behind drop-in PyTorch modules."""
 
+from dico_kernels import ops
 from dico_kernels.checkpoints import LoadReport, load_checkpoint
+from dico_kernels.explain import explain
 from dico_kernels.info import build_info
 from dico_kernels.models import create_model, model_names
+from dico_kernels.ops._backends import BackendError, backend
 from dico_kernels.version import __version__
 
-__all__ = ["LoadReport", "__version__", "build_info", "create_model", "load_checkpoint", "model_names"]
+__all__ = [
+    "BackendError",
+    "LoadReport",
+    "__version__",
+    "backend",
+    "build_info",
+    "create_model",
+    "explain",
+    "load_checkpoint",
+    "model_names",
+    "ops",
+]

@@ -27,7 +27,7 @@ TOWER = [
     {"info"},
     {"ops"},
     {"nn"},
-    {"fuse"},
+    {"fuse", "explain"},
     {"models", "checkpoints", "sampling", "training"},
     {"__init__"},
     {"benchmarks"},

@@ -19,7 +19,7 @@ def measured(tmp_path_factory):
     path = tmp_path_factory.mktemp("bench") / "smoke.json"
     done = run_python(
         "-m", "pytest", str(ROOT / "benchmarks"), "--benchmark-only", "--preset", "smoke", "--results", str(path),
-        "-p", "no:cacheprovider", "-k", "DiCo-S or DiT or half", cwd=ROOT,
+        "-p", "no:cacheprovider", "-k", "DiCo-S or DiT or half or grn", cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return path, done.stdout

@@ -1,0 +1,21 @@
+"""Fused ops: each a torch.library op with gradients, fakes and autocast, on whichever backend can run it.
+
+Also callable as ``torch.ops.dico_kernels.*``, where an op that keeps statistics for its backward returns them too.
+"""
+
+from dico_kernels.ops.adaln import adaln_modulate, gated_residual, gated_residual_adaln
+from dico_kernels.ops.cca import cca_gate
+from dico_kernels.ops.depthwise import depthwise_adaln, pointwise_depthwise_gelu
+from dico_kernels.ops.grn import grn
+from dico_kernels.ops.pixel_shuffle import pixel_shuffle_skip
+
+__all__ = [
+    "adaln_modulate",
+    "cca_gate",
+    "depthwise_adaln",
+    "gated_residual",
+    "gated_residual_adaln",
+    "grn",
+    "pixel_shuffle_skip",
+    "pointwise_depthwise_gelu",
+]

@@ -1,0 +1,205 @@
+"""Which implementation runs, and why: one table, one question asked of each backend in turn.
+
+A backend is a set of functions under the names of the kernel interface (``adaln_modulate``, ``depthwise_backward``,
+...) and a predicate that selects it or says why not.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dico_kernels import native
+
+VARIABLE = "DICO_KERNELS_BACKEND"
+STRICT_VARIABLE = "DICO_KERNELS_STRICT"
+_CUDA_ENTRIES = {"adaln_modulate"}  # what csrc/cuda has
+
+
+class BackendError(RuntimeError):
+    """No backend that was allowed can run an op; the message has each one's reason."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One decision: the entry that was wanted, for what, who runs it and why the others do not."""
+
+    entry: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: str
+    backend: str
+    refusals: dict[str, str]
+
+
+def _triton() -> ModuleType | str:
+    """The Triton kernels, or why there are none."""
+    try:
+        return importlib.import_module("dico_kernels.kernels")
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
+
+
+class _Lazy:
+    """The Triton kernels, imported at first use: importing Triton takes a second that CPU users need not spend."""
+
+    def __init__(self) -> None:
+        self.found: ModuleType | str | None = None
+
+    def get(self) -> ModuleType | str:
+        if self.found is None:
+            self.found = _triton()
+        return self.found
+
+
+_TRITON = _Lazy()
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _why_not_triton(entry: str, x: Tensor) -> str | None:
+    if x.device.type != "cuda" and not interpreting():
+        return f"Triton compiles for GPUs; x is on {x.device}"
+    kernels = _TRITON.get()
+    if isinstance(kernels, str):
+        return kernels
+    return None if hasattr(kernels, entry) else f"has no {entry}"
+
+
+def _why_not_native(entry: str, x: Tensor) -> str | None:
+    if x.device.type != "cpu":
+        return f"native kernels run on the CPU; x is on {x.device}"
+    if not native.available():
+        return native.why_unavailable
+    return None if hasattr(native, entry) else f"has no {entry}"
+
+
+def _why_not_cuda(entry: str, x: Tensor) -> str | None:
+    if x.device.type != "cuda":
+        return f"CUDA kernels run on a GPU; x is on {x.device}"
+    if not native.available():
+        return native.why_unavailable
+    if not native.with_cuda():
+        return f"built without CUDA ({native.build()['cuda']})"
+    return None if entry in _CUDA_ENTRIES else f"has no {entry}"
+
+
+def _why_not_reference(entry: str, x: Tensor) -> str | None:
+    del entry, x
+    return None
+
+
+def _reference() -> ModuleType:
+    return importlib.import_module("dico_kernels.ops._reference")
+
+
+# In the order "auto" tries them.
+_BACKENDS: dict[str, tuple[Callable[[str, Tensor], str | None], Callable[[], Any]]] = {
+    "triton": (_why_not_triton, _TRITON.get),
+    "cuda": (_why_not_cuda, lambda: native),
+    "native": (_why_not_native, lambda: native),
+    "reference": (_why_not_reference, _reference),
+}
+NAMES = ("auto", *_BACKENDS)
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"{source}={name!r}: expected one of {', '.join(NAMES)}")
+    return name
+
+
+class _Setting:
+    """The process's choice. Not a thread's: autograd runs backward passes on threads of its own."""
+
+    def __init__(self) -> None:
+        self.name = _checked(os.environ.get(VARIABLE) or "auto", VARIABLE)
+        self.strict = os.environ.get(STRICT_VARIABLE, "0") == "1"
+        self.record: Callable[[Choice], None] | None = None
+        self.warned: set[tuple[str, str, str]] = set()
+
+
+_SETTING = _Setting()
+
+
+@contextmanager
+def backend(name: str, strict: bool = False) -> Iterator[None]:
+    """Within the context, ops prefer one backend; for the whole process, backward passes included.
+
+    Args:
+        name: "triton", "native" (C++ on the CPU), "cuda" (C++ on a GPU), "reference" (plain PyTorch), or "auto".
+        strict: raise BackendError where that backend cannot run an op. Otherwise the op falls back in auto's order,
+            with one warning. With "auto", strict refuses the reference.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    before = _SETTING.name, _SETTING.strict
+    _SETTING.name, _SETTING.strict = _checked(name, "name"), strict
+    try:
+        yield
+    finally:
+        _SETTING.name, _SETTING.strict = before
+
+
+@contextmanager
+def recording(record: Callable[[Choice], None]) -> Iterator[None]:
+    """Within the context, every decision is also handed to ``record``."""
+    before, _SETTING.record = _SETTING.record, record
+    try:
+        yield
+    finally:
+        _SETTING.record = before
+
+
+def select(entry: str, x: Tensor) -> Callable[..., Any]:
+    """The function that runs an entry of the kernel interface on x's device.
+
+    Raises:
+        BackendError: strict, and what is asked for cannot run.
+    """
+    wanted = _SETTING.name
+    order = list(_BACKENDS) if wanted == "auto" else [wanted, *(b for b in _BACKENDS if b != wanted)]
+    refusals: dict[str, str] = {}
+    for name in order:
+        # The interpreter is for tests: auto never takes it over the native kernels.
+        if wanted == "auto" and name == "triton" and x.device.type != "cuda":
+            refusals[name] = f"Triton compiles for GPUs; x is on {x.device}"
+            continue
+        why_not, functions = _BACKENDS[name]
+        reason = why_not(entry, x)
+        if reason is None:
+            _note(entry, x, name, refusals)
+            function: Callable[..., Any] = getattr(functions(), entry)
+            return function
+        refusals[name] = reason
+    raise AssertionError("the reference runs everything")
+
+
+def _note(entry: str, x: Tensor, name: str, refusals: dict[str, str]) -> None:
+    """Raise or warn where the choice is not what was asked for, and record it."""
+    wanted = _SETTING.name
+    fell_back = (wanted not in ("auto", name)) or (name == "reference" and wanted == "auto")
+    if fell_back and _SETTING.strict:
+        reasons = "; ".join(f"{b}: {r}" for b, r in refusals.items())
+        raise BackendError(f"{entry} on {x.device} ({x.dtype}): {reasons}")
+    slow = name == "reference" and wanted != "reference" and (x.device.type == "cuda" or wanted != "auto")
+    key = (entry, wanted, x.device.type)
+    if (slow or (fell_back and wanted != "auto")) and key not in _SETTING.warned:
+        _SETTING.warned.add(key)
+        reasons = "; ".join(f"{b}: {r}" for b, r in refusals.items())
+        warnings.warn(f"dico_kernels.{entry} runs on {name} instead ({reasons})", RuntimeWarning, stacklevel=2)
+    if _SETTING.record is not None:
+        _SETTING.record(Choice(entry, tuple(x.shape), x.dtype, str(x.device), name, refusals))

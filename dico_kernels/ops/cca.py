@@ -1,0 +1,110 @@
+"""Compact channel attention (DiCo): a gate for each channel from the image's mean."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dico_kernels.ops import _checks as check
+from dico_kernels.ops._backends import select
+from dico_kernels.ops._library import only_needed, register
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    check.image("x", x)
+    check.pointwise("weight", weight, x.shape[1], x)
+    if weight.shape[0] != x.shape[1]:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}: expected as many outputs as x has channels")
+    check.vector("bias", bias, x.shape[1], x)
+
+
+def _cca(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    _check(x, weight, bias)
+    if x.shape[0] == 0:
+        return _fake(x, weight, bias)
+    x = check.channels_last(x)
+    pooled: Tensor = select("channel_sums", x)(x) / (x.shape[2] * x.shape[3])
+    # In the weights' dtype: widening a C x C matrix each call would cost more than the product.
+    logits = F.linear(pooled.to(weight.dtype), check.matrix(weight), bias)
+    attention = torch.sigmoid(logits.to(pooled.dtype))
+    return select("channel_affine", x)(x, attention), pooled, attention
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    _check(x, weight, bias)
+    shape, dtype = tuple(x.shape[:2]), check.accumulation_dtype(x.dtype)
+    return check.empty_image(x), x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
+
+
+def _backward(
+    dy: Tensor, x: Tensor, weight: Tensor, pooled: Tensor, attention: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    if x.shape[0] == 0:
+        empty, *zeros = _backward_fake(dy, x, weight, pooled, attention)
+        return empty, zeros[0].zero_(), zeros[1].zero_()
+    dy, x = check.channels_last(dy), check.channels_last(x)
+    dlogits = select("channel_dots", x)(dy, x) * attention * (1 - attention)
+    narrow = dlogits.to(weight.dtype)
+    dweight = (narrow.t() @ pooled.to(weight.dtype)).reshape(weight.shape)
+    dpooled = (narrow @ check.matrix(weight)).to(pooled.dtype) / (x.shape[2] * x.shape[3])
+    dx: Tensor = select("channel_affine", x)(dy, attention, shift=dpooled)
+    return dx, dweight, dlogits.sum(0).to(x.dtype)
+
+
+def _backward_fake(
+    dy: Tensor, x: Tensor, weight: Tensor, pooled: Tensor, attention: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return check.empty_image(x), x.new_empty(tuple(weight.shape)), x.new_empty((x.shape[1],))
+
+
+_BACKWARD = register(
+    "cca_gate_backward(Tensor dy, Tensor x, Tensor weight, Tensor pooled, Tensor attention) -> "
+    "(Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, _ = inputs
+    _, pooled, attention = output
+    ctx.mark_non_differentiable(pooled, attention)
+    ctx.save_for_backward(x, weight, pooled, attention)
+
+
+def _gradient(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    return only_needed(ctx, _BACKWARD(dy, *ctx.saved_tensors))
+
+
+_CCA = register(
+    "cca_gate(Tensor x, Tensor weight, Tensor? bias) -> (Tensor, Tensor, Tensor)",
+    _cca,
+    _fake,
+    setup_context=_setup,
+    backward=_gradient,
+    autocast="lower",
+)
+
+
+def cca_gate(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Compact channel attention: x * sigmoid(W mean_HW(x) + b) (DiCo).
+
+    Args:
+        x: (N, C, H, W), float32, float64, bfloat16 or float16.
+        weight: (C, C, 1, 1) or (C, C).
+        bias: (C,) or None.
+
+    Returns:
+        (N, C, H, W), channels_last. The mean is summed in float32 (float64 for float64). Differentiable once.
+
+    Raises:
+        ValueError: a wrong shape, dtype or device, naming the argument.
+    """
+    y: Tensor = _CCA(x, weight, bias)[0]
+    return y
+
+
+__all__ = ["cca_gate"]

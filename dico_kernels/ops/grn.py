@@ -1,0 +1,126 @@
+"""Global response normalisation (ConvNeXt V2, FCDM)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dico_kernels.ops import _checks as check
+from dico_kernels.ops._backends import select
+from dico_kernels.ops._library import only_needed, register
+
+
+def _check_parameter(name: str, p: Tensor, x: Tensor) -> None:
+    c = x.shape[1]
+    if tuple(p.shape) not in ((1, c, 1, 1), (1, 1, 1, c), (c,)):
+        raise ValueError(f"{name} has shape {tuple(p.shape)}: expected (1, {c}, 1, 1), (1, 1, 1, {c}) or ({c},)")
+    check.same_kind(name, p, x)
+
+
+def _check(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> None:
+    check.image("x", x)
+    _check_parameter("gamma", gamma, x)
+    _check_parameter("beta", beta, x)
+    check.positive("eps", eps)
+
+
+def _row(p: Tensor, like: Tensor) -> Tensor:
+    """A parameter as (1, C) in the accumulation dtype."""
+    return p.reshape(1, -1).to(check.accumulation_dtype(like.dtype))
+
+
+def _grn(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    _check(x, gamma, beta, eps)
+    if x.shape[0] == 0:
+        return _fake(x, gamma, beta, eps)
+    x = check.channels_last(x)
+    norm: Tensor = select("channel_dots", x)(x, x).sqrt()
+    response = norm / (norm.mean(1, keepdim=True) + eps)
+    y: Tensor = select("channel_affine", x)(x, 1 + _row(gamma, x) * response, shift=_row(beta, x))
+    return y, norm
+
+
+def _fake(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    _check(x, gamma, beta, eps)
+    return check.empty_image(x), x.new_empty(tuple(x.shape[:2]), dtype=check.accumulation_dtype(x.dtype))
+
+
+def _backward(
+    dy: Tensor, x: Tensor, gamma: Tensor, beta: Tensor, norm: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    if x.shape[0] == 0:
+        empty, *zeros = _backward_fake(dy, x, gamma, beta, norm, eps)
+        return empty, zeros[0].zero_(), zeros[1].zero_()
+    dy, x = check.channels_last(dy), check.channels_last(x)
+    dots: Tensor = select("channel_dots", x)(dy, x)
+    mean = norm.mean(1, keepdim=True) + eps
+    response, scale = norm / mean, _row(gamma, x)
+    dresponse = scale * dots
+    dnorm = dresponse / mean - (dresponse * norm).mean(1, keepdim=True) / mean.square()
+    # d|x| / dx = x / |x|; a channel that is zero everywhere gets zero, as torch's norm gives it.
+    through = torch.where(norm > 0, dnorm / norm, torch.zeros_like(norm))
+    dx: Tensor = select("channel_affine", x)(dy, 1 + scale * response, z=x, r=through)
+    dbeta = select("channel_sums", x)(dy).sum(0)
+    dgamma = (dots * response).sum(0)
+    return dx, dgamma.to(x.dtype).reshape(gamma.shape), dbeta.to(x.dtype).reshape(beta.shape)
+
+
+def _backward_fake(
+    dy: Tensor, x: Tensor, gamma: Tensor, beta: Tensor, norm: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return check.empty_image(x), x.new_empty(tuple(gamma.shape)), x.new_empty(tuple(beta.shape))
+
+
+_BACKWARD = register(
+    "grn_backward(Tensor dy, Tensor x, Tensor gamma, Tensor beta, Tensor norm, float eps) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, gamma, beta, eps = inputs
+    norm = output[1]
+    ctx.mark_non_differentiable(norm)
+    ctx.eps = eps
+    ctx.save_for_backward(x, gamma, beta, norm)
+
+
+def _gradient(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    return only_needed(ctx, (*_BACKWARD(dy, *ctx.saved_tensors, ctx.eps), None))
+
+
+_GRN = register(
+    "grn(Tensor x, Tensor gamma, Tensor beta, float eps) -> (Tensor, Tensor)",
+    _grn,
+    _fake,
+    setup_context=_setup,
+    backward=_gradient,
+    autocast="activation",
+)
+
+
+def grn(x: Tensor, gamma: Tensor, beta: Tensor, eps: float = 1e-6) -> Tensor:
+    """Global response normalisation: gamma * (x * Nx) + beta + x (ConvNeXt V2, FCDM).
+
+    Nx = G / (mean over channels of G + eps), G the L2 norm over (H, W) of each sample and channel.
+
+    Args:
+        x: (N, C, H, W), float32, float64, bfloat16 or float16.
+        gamma: C elements as (1, C, 1, 1), (1, 1, 1, C) or (C,); x's dtype and device.
+        beta: as gamma.
+        eps: added to the mean norm.
+
+    Returns:
+        (N, C, H, W), channels_last. Norms in float32 (float64 for float64). Differentiable once.
+
+    Raises:
+        ValueError: a wrong shape, dtype or device, naming the argument.
+    """
+    y: Tensor = _GRN(x, gamma, beta, eps)[0]
+    return y
+
+
+__all__ = ["grn"]

@@ -1,0 +1,143 @@
+"""The ops as torch sees them: opcheck, compilation, autocast, and what is refused."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from ops_cases import CASES, outputs_and_gradients, tuple_of
+from support import rel_rms
+from torch.autograd import forward_ad
+
+import dico_kernels as dk
+
+DEFAULT_EPS = {"adaln_modulate", "gated_residual_adaln", "depthwise_adaln", "grn"}
+
+
+def torch_op(case):
+    return getattr(torch.ops.dico_kernels, case.name).default
+
+
+def with_eps(case, arguments):
+    return (*arguments, 1e-6) if case.name in DEFAULT_EPS else tuple(arguments)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last", "permuted"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(case, layout, dtype):
+    def prepare(a):
+        a = a.to(dtype)
+        if a.ndim == 4 and layout == "channels_last":
+            a = a.contiguous(memory_format=torch.channels_last)
+        elif a.ndim == 4 and layout == "permuted":
+            a = a.permute(2, 0, 3, 1).contiguous().permute(1, 3, 0, 2)
+        return a.requires_grad_()
+
+    arguments = [prepare(a) for a in case.arguments((2, 6, 3, 4))]
+    torch.library.opcheck(torch_op(case), with_eps(case, arguments))
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 3, 4), (1, 1, 1, 1)], ids=str)
+def test_opcheck_of_the_backward_ops(case, shape):
+    """Their arguments, as autograd hands them over."""
+    seen = []
+    name = f"{case.name}_backward"
+    op = getattr(torch.ops.dico_kernels, name).default
+
+    class Catch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is op:
+                seen.append(args)
+            return func(*args, **(kwargs or {}))
+
+    with Catch():
+        outputs_and_gradients(case.op, [a.float() for a in case.arguments(shape)])
+    assert len(seen) == 1
+    torch.library.opcheck(op, seen[0], test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_compiles_whole_with_new_batch_and_resolution(name):
+    case = CASES[name]
+    torch._dynamo.reset()
+    compiled = torch.compile(case.op, fullgraph=True, backend="aot_eager", dynamic=True)
+    for shape in ((3, 8, 4, 6), (2, 8, 6, 10), (5, 8, 3, 7)):
+        arguments = [a.float() for a in case.arguments(shape)]
+        ours = outputs_and_gradients(compiled, arguments)
+        for a, b in zip(ours, outputs_and_gradients(case.op, arguments), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_compiles_with_inductor():
+    torch._dynamo.reset()
+
+    def chain(x, weight, bias, shift, scale, gate):
+        h = dk.ops.adaln_modulate(x * 1.5, shift, scale)
+        h = dk.ops.cca_gate(h, weight, bias)
+        return dk.ops.gated_residual(x, h, gate).relu()
+
+    x, weight, bias = (a.float() for a in CASES["cca_gate"].arguments((2, 8, 4, 6)))
+    vectors = [torch.randn(2, 8) for _ in range(3)]
+    arguments = [x, weight, bias, *vectors]
+    compiled = outputs_and_gradients(torch.compile(chain, fullgraph=True), arguments)
+    for a, b in zip(compiled, outputs_and_gradients(chain, arguments), strict=True):
+        assert rel_rms(a, b) < 1e-6
+
+
+@pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast(case, stream):
+    """Parameters in float32, activations in either: the dtypes of eager, gradients in each argument's own."""
+    lower = case.name in ("pointwise_depthwise_gelu", "depthwise_adaln", "cca_gate", "pixel_shuffle_skip")
+    images = {"gated_residual": 2, "gated_residual_adaln": 2, "pixel_shuffle_skip": 2}.get(case.name, 1)
+    arguments = [a.to(stream) if i < images else a.float() for i, a in enumerate(case.arguments((2, 12, 4, 5)))]
+    leaves = [a.clone().requires_grad_() for a in arguments]
+    with torch.autocast("cpu", torch.bfloat16):
+        outs = tuple_of(case.op(*leaves))
+    truth = tuple_of(case.definition(*(a.double() for a in arguments)))
+    for out, exact in zip(outs, truth, strict=True):
+        assert out.dtype == (torch.bfloat16 if lower else stream)
+        assert rel_rms(out, exact) < 2e-2
+    torch.autograd.backward(outs, [torch.ones_like(o) for o in outs])
+    for leaf in leaves:
+        assert leaf.grad.dtype == leaf.dtype
+        assert torch.isfinite(leaf.grad).all()
+
+
+def test_autocast_leaves_float64_alone(case):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(o.dtype == torch.float64 for o in tuple_of(case.op(*case.arguments((1, 4, 2, 2)))))
+
+
+def test_gradients_nobody_asked_for_are_none(case):
+    arguments = [a.float() for a in case.arguments((2, 4, 3, 3))]
+    for index in range(len(arguments)):
+        leaves = [a.clone().requires_grad_(i == index) for i, a in enumerate(arguments)]
+        sum(o.sum() for o in tuple_of(case.op(*leaves))).backward()
+        assert [leaf.grad is not None for leaf in leaves] == [i == index for i in range(len(leaves))]
+
+
+class TestRefused:
+    def test_second_derivatives(self, case):
+        leaves = [a.requires_grad_() for a in case.arguments((1, 3, 2, 2))]
+        outs = tuple_of(case.op(*leaves))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            # gated_residual's gradient in x is the output's own: only its branch meets the backward op
+            of = leaves[1 if case.name == "gated_residual" else 0]
+            (gradient,) = torch.autograd.grad(sum(o.square().sum() for o in outs), of, create_graph=True)
+        with pytest.raises(RuntimeError, match=r"second derivatives of fused ops are not supported.*reference"):
+            gradient.square().sum().backward()
+
+    def test_vmap(self, case):
+        arguments = case.arguments((1, 3, 2, 2))
+        batched = [a.expand(2, *a.shape) for a in arguments]
+        with pytest.raises(RuntimeError, match=r"does not support torch.func.vmap"):
+            torch.func.vmap(case.op)(*batched)
+
+    def test_forward_mode(self, case):
+        arguments = tuple(case.arguments((1, 3, 2, 2)))
+        with pytest.raises(RuntimeError, match=r"does not support forward-mode AD"):
+            torch.func.jvp(case.op, arguments, tuple(torch.ones_like(a) for a in arguments))
+        with forward_ad.dual_level(), pytest.raises(RuntimeError, match=r"does not support forward-mode AD"):
+            case.op(forward_ad.make_dual(arguments[0], torch.ones_like(arguments[0])), *arguments[1:])
