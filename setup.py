@@ -4,7 +4,7 @@ csrc/ is plain C++ and CUDA bound with pybind11: it includes no torch header, so
 environment and the result survives a change of torch. CMake decides what is built (see CMakeLists.txt).
 
     DICO_KERNELS_CUDA=0|1      leave CUDA out | fail unless CUDA can be built (default: build it where nvcc works)
-    DICO_KERNELS_CUDA_ARCHS    device code to build, e.g. "90a" (default: 80;90a;100)
+    DICO_KERNELS_CUDA_ARCHS    device code to build, e.g. "90a" (default: of 80, 90a, 100 those nvcc knows)
     MAX_JOBS                   compile jobs (default: one a core)
 """
 

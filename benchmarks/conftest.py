@@ -65,14 +65,37 @@ def state(request: pytest.FixtureRequest) -> Session:
 
 
 @pytest.fixture
-def replay(benchmark: Any) -> Callable[[list[float]], None]:
-    """Hand interleaved samples to pytest-benchmark."""
+def replay(benchmark: Any) -> Callable[[Any], None]:
+    """Hand interleaved samples to pytest-benchmark; a contender without any fails the test, or skips it for memory."""
 
-    def play(samples: list[float]) -> None:
+    def play(found: Any) -> None:
+        if found.failure is not None:
+            benchmark.skipped = True
+            (pytest.skip if found.failure == "OOM" else pytest.fail)(found.failure)
+        samples = found.samples
         left = iter(samples)
         benchmark.pedantic(lambda: CLOCK.advance(next(left, 0.0)), rounds=len(samples))
 
     return play
+
+
+def _results_path(config: pytest.Config) -> Path:
+    state, path = config.stash[_STATE], config.getoption("--results")
+    if path is not None:
+        return Path(path)
+    device = re.sub(r"[^a-z0-9]+", "-", state.machine["device"].lower()).strip("-")
+    return config.rootpath / "bench-results" / f"{device}-{state.preset}.json"
+
+
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Write what there is after every row: a run that is cut off keeps its results."""
+    state = item.config.stash[_STATE]
+    if any(state.rows.values()):
+        path = _results_path(item.config)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(state.result(), indent=1) + "\n")
+        partial.replace(path)
 
 
 @pytest.hookimpl(trylast=True)
@@ -80,13 +103,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     state = config.stash[_STATE]
     if not any(state.rows.values()):
         return
-    result = state.result()
+    path = _results_path(config)
     terminalreporter.write_line("")
-    terminalreporter.write_line(report.text(result))
-    path = config.getoption("--results")
-    if path is None:
-        device = re.sub(r"[^a-z0-9]+", "-", result["machine"]["device"].lower()).strip("-")
-        path = config.rootpath / "bench-results" / f"{device}-{state.preset}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    terminalreporter.write_line(report.text(state.result()))
     terminalreporter.write_line(f"\nwritten: {path}\nplots:   python -m dico_kernels bench report {path} --out report/")

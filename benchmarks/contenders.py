@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dico_kernels import create_model
 from dico_kernels.reference import functional as reference
@@ -29,6 +30,9 @@ DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 _CHECKED_IMAGES = 2  # errors are measured on the first images of a batch
 _L2_BYTES = 100 * 2**20  # above any current L2 or L3: input sets together should exceed it, up to _MAX_SETS
 _MAX_SETS = 4
+# Reads and writes of an activation with all elementwise work fused (limits.py's convention): pw1, dw, pw2 with the
+# residual; qkv, attention, projection with the residual.
+_HALF_PASSES = {"conv_half": 7, "attention_half": 11}
 _SDPA = {"compile_flash": "FLASH_ATTENTION", "compile_cudnn": "CUDNN_ATTENTION"}
 
 
@@ -74,6 +78,32 @@ def with_linear_pointwise(model: nn.Module) -> nn.Module:
     return model
 
 
+class PinnedAttention(nn.Module):
+    """DiT's attention on one backend of scaled_dot_product_attention.
+
+    The choice is made inside forward, so that it is part of what torch.compile traces and caches by: around the
+    compiled call it would be ignored, and every choice would run what the first one compiled.
+    """
+
+    def __init__(self, attention: Attention, backend: str) -> None:
+        super().__init__()
+        self.attention, self.backend = attention, getattr(SDPBackend, backend)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, T, D) -> (N, T, D)."""
+        with sdpa_kernel(self.backend):
+            return self.attention(x)
+
+
+def with_pinned_attention(model: nn.Module, backend: str) -> nn.Module:
+    """The model with each Attention on one backend of SDPBackend, in place."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, Attention) and not isinstance(parent, PinnedAttention):
+                setattr(parent, name, PinnedAttention(child, backend))
+    return model
+
+
 def _inputs(arena: ModelArena, index: int, channels: int) -> tuple[Tensor, Tensor, Tensor]:
     """One input set: latents, and a timestep and a label for each image."""
     side, generator = arena.resolution // 8, torch.Generator().manual_seed(index)
@@ -92,6 +122,8 @@ def _timed(call: Callable[[], object], device: torch.device) -> float:
 
 def _compiled(fn: Any, device: torch.device) -> Any:
     # max-autotune tries many GEMM tilings and uses CUDA graphs; Inductor's CPU code has nothing like it to try.
+    # Caches on disk are left out, or a second run would report the time of reading them as compile time.
+    torch.compiler.config.force_disable_caches = True
     return torch.compile(fn, mode="max-autotune") if device.type == "cuda" else torch.compile(fn)
 
 
@@ -104,6 +136,8 @@ def model_contender(arena: ModelArena, name: str, how: str, device: torch.device
     layout = torch.contiguous_format if how == "eager" or name.startswith("DiT") else torch.channels_last
     if how == "compile_linear":
         model = with_linear_pointwise(model)
+    elif how in _SDPA:
+        model = with_pinned_attention(model, _SDPA[how])
     model = model.to(dtype=weights).to(memory_format=layout).train(training)  # type: ignore[call-overload]
     one = arena.batch * source.in_channels * (arena.resolution // 8) ** 2 * 4
     sets = [
@@ -114,8 +148,7 @@ def model_contender(arena: ModelArena, name: str, how: str, device: torch.device
         for index in range(max(1, min(_MAX_SETS, _L2_BYTES // one)))
     ]
     forward = _compiled(model, device) if how.startswith("compile") else model
-    guards = functools.partial(_guards, arena.dtype, how, training, device)
-
+    guards = functools.partial(_guards, arena.dtype, training, device)
     step = _training_step(forward, model, source.out_channels, guards) if training else None
 
     def run(i: int) -> Tensor:
@@ -138,20 +171,17 @@ def model_contender(arena: ModelArena, name: str, how: str, device: torch.device
         error=error,
         macs=None if training else count_macs(source, side, side, arena.batch),
         moved=None if training else bytes_moved(source, side, side, arena.batch, weights.itemsize),
+        graphed=how.startswith("compile") and device.type == "cuda",
     )
 
 
 @contextmanager
-def _guards(dtype: str, how: str, training: bool, device: torch.device) -> Iterator[None]:
+def _guards(dtype: str, training: bool, device: torch.device) -> Iterator[None]:
     """The flags and contexts that a contender's calls run under."""
     with ExitStack() as stack:
         stack.enter_context(precision(dtype))
         if training and dtype == "bf16":
             stack.enter_context(torch.autocast(device.type, torch.bfloat16))
-        if how in _SDPA:
-            from torch.nn.attention import SDPBackend, sdpa_kernel
-
-            stack.enter_context(sdpa_kernel(getattr(SDPBackend, _SDPA[how])))
         yield
 
 
@@ -238,7 +268,8 @@ def half_contender(arena: HalfArena, op: str, how: str, device: torch.device) ->
         compile_s=first if how == "compile" else None,
         error=relative_error(run(0)[:1].cpu(), truth),
         macs=sum(count_macs_by_op(half, *args).values()),
-        moved=dtype.itemsize * (2 * image.numel() + weights),
+        moved=dtype.itemsize * (_HALF_PASSES[op] * image.numel() + weights),
+        graphed=how == "compile" and device.type == "cuda",
     )
 
 

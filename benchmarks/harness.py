@@ -28,6 +28,7 @@ class Contender:
         compile_s: seconds the first call took, for a contender that compiles; else None.
         error: relative rms error against float64 on the same inputs and weights, or None where it has no output.
         macs: multiply-accumulates of one call.
+        graphed: whether calls replay CUDA graphs, whose memory the allocator's peak does not show.
         moved: bytes one call must move at least.
     """
 
@@ -36,14 +37,26 @@ class Contender:
     error: float | None = None
     macs: float | None = None
     moved: float | None = None
+    graphed: bool = False
+
+
+def describe_failure(error: Exception) -> str:
+    """One short line for a table: "OOM", or what went wrong."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "OOM"
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 @dataclass
 class Measurement:
-    """What interleaved timing found for one contender. Times are seconds a call; peak_bytes beyond what was there."""
+    """What interleaved timing found for one contender. Times are seconds a call; peak_bytes beyond what was there.
+
+    ``failure`` says why there is no time, if the contender failed; the others' times stand.
+    """
 
     samples: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
+    failure: str | None = None
 
     @property
     def median(self) -> float:
@@ -63,18 +76,33 @@ def interleave(contenders: dict[str, Contender], rounds: int, device: torch.devi
     following the same neighbour.
     """
     found = {name: Measurement() for name in contenders}
-    calls = {}
-    for name, contender in contenders.items():  # warm-up, and how many calls make a sample
+    calls: dict[str, int] = {}
+    target = _GPU_SAMPLE_S if device.type == "cuda" else _CPU_SAMPLE_S
+
+    def attempt(name: str, step: Callable[[], None]) -> None:
+        try:
+            step()
+        except Exception as error:  # whatever it is, the other contenders' times are worth keeping
+            found[name].failure = describe_failure(error)
+
+    def warm_up(name: str) -> None:
+        contender = contenders[name]
         contender.run(0)
-        once = _sample(contender, 1, 0, device)
-        calls[name] = max(1, round((_GPU_SAMPLE_S if device.type == "cuda" else _CPU_SAMPLE_S) / once))
-        found[name].peak_bytes = peak_bytes(lambda c=contender: c.run(0), device)  # type: ignore[misc]
-    names = list(contenders)
+        calls[name] = max(1, round(target / _sample(contender, 1, 0, device)))
+        if not contender.graphed:
+            found[name].peak_bytes = peak_bytes(lambda: contender.run(0), device)
+
+    def sample(name: str, index: int) -> None:
+        seconds = _sample(contenders[name], calls[name], index * calls[name], device)
+        found[name].samples.append(seconds / calls[name])
+
+    for name in contenders:
+        attempt(name, lambda n=name: warm_up(n))  # type: ignore[misc]
     for index in range(rounds):
-        shift = index % len(names)
+        names = [name for name in contenders if found[name].failure is None]
+        shift = index % max(1, len(names))
         for name in names[shift:] + names[:shift]:
-            first = index * calls[name]
-            found[name].samples.append(_sample(contenders[name], calls[name], first, device) / calls[name])
+            attempt(name, lambda n=name, i=index: sample(n, i))  # type: ignore[misc]
     return found
 
 

@@ -88,7 +88,7 @@ def bytes_moved(model: Denoiser, height: int, width: int, batch: int, element_si
 
 
 def measure_ceiling(device: torch.device, dtype: torch.dtype) -> Ceiling:
-    """Measure both ceilings now: the best of three matrix shapes, and a large device-to-device copy.
+    """Measure both ceilings now: the best of two matrix shapes, and a large device-to-device copy.
 
     A second or two. Random data: zeros can run faster than anything real.
     """

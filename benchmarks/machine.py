@@ -55,26 +55,31 @@ def describe() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "commit": _commit(),
         "build": build_info(),
-        "matmul_precision": torch.get_float32_matmul_precision(),
-        "cudnn_tf32": torch.backends.cudnn.allow_tf32,
+        "flags": "fp32 and bf16: matmul precision highest, cuDNN TF32 on (torch's defaults); tf32: high, on",
     }
     if where.type == "cuda":
         properties = torch.cuda.get_device_properties(where)
-        query = "clocks.sm,clocks.mem,clocks.max.sm,power.limit,driver_version"
         found |= {
             "processors": properties.multi_processor_count,
             "memory_gib": round(properties.total_memory / 2**30, 1),
             "cuda": torch.version.cuda,
-            "clocks": _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"),
+            "driver": _output("nvidia-smi", "-i", _uuid(where), "--query-gpu=driver_version", "--format=csv,noheader"),
         }
-    else:
-        found["clocks"] = f"{mhz} MHz" if (mhz := _cpu_mhz()) else None
     return found
 
 
-def _cpu_mhz() -> int | None:
+def _uuid(device: torch.device) -> str:
+    """What nvidia-smi calls a device: its own numbering ignores CUDA_VISIBLE_DEVICES."""
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+
+
+def clocks(device: torch.device) -> str | None:
+    """Clocks now: ask right after timing, before the device idles. A CPU's are the highest of its cores'."""
+    if device.type == "cuda":
+        query = "clocks.sm,clocks.mem,clocks.max.sm,power.draw,temperature.gpu"
+        return _output("nvidia-smi", "-i", _uuid(device), f"--query-gpu={query}", "--format=csv,noheader")
     try:
         found = re.findall(r"cpu MHz\s*:\s*([\d.]+)", Path("/proc/cpuinfo").read_text())
     except OSError:
         return None
-    return round(max(map(float, found))) if found else None
+    return f"{round(max(map(float, found)))} MHz" if found else None

@@ -19,6 +19,7 @@ SCALES = {
     "B": ("DiCo-B", "FCDM-B", "DiT-B/2"),
     "L": ("DiCo-L", "FCDM-L", "DiT-L/2"),
     "XL": ("DiCo-XL", "FCDM-XL", "DiT-XL/2"),
+    "H": ("DiCo-H", "FCDM-XL", "DiT-XL/2"),  # DiCo's largest, beside the others' largest
 }
 
 
@@ -48,14 +49,14 @@ class ModelArena:
     def rows(self, gpu: bool) -> Iterator[tuple[str, str]]:
         """(model, contender) of everything that takes part."""
         for model in SCALES[self.scale]:
-            dit = model.startswith("DiT")
+            dit, training = model.startswith("DiT"), self.mode == "training"
             contenders = ["eager"] if dit else ["eager", "channels_last"]
+            if training and gpu and not dit:
+                contenders.remove("eager")  # each keeps weights and optimiser state: all at once must fit the card
             if self.compiled:
                 contenders.append("compile")
-                if dit and gpu:
-                    contenders += ["compile_flash", "compile_cudnn"]
-                elif not dit and gpu:
-                    contenders.append("compile_linear")
+                if gpu and not training:
+                    contenders += ["compile_flash", "compile_cudnn"] if dit else ["compile_linear"]
             for contender in contenders:
                 yield model, contender
 

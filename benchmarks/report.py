@@ -34,6 +34,8 @@ def load(path: Path) -> Result:
     if not isinstance(result, dict) or result.get("schema") != SCHEMA:
         found = result.get("schema") if isinstance(result, dict) else type(result).__name__
         raise ValueError(f"{path}: schema {found!r}; expected a result of schema {SCHEMA}")
+    if absent := [k for k in ("created", "preset", "machine", "ceilings", "models", "halves") if k not in result]:
+        raise ValueError(f"{path}: lacks {', '.join(absent)}; expected a file that `pytest benchmarks/` wrote")
     return result
 
 
@@ -45,6 +47,8 @@ def _number(value: float | None, form: str, otherwise: str = "-") -> str:
 
 
 def _img_s(row: Row) -> str:
+    if row.get("failure"):
+        return "OOM" if row["failure"] == "OOM" else "failed"
     rate = row["img_s"]
     return _number(rate, "{:,.0f}" if rate and rate >= 100 else "{:.2f}")
 
@@ -71,9 +75,9 @@ HALF_COLUMNS: list[Column] = [
     ("batch", lambda r: str(r["batch"])),
     ("tokens", lambda r: str(r["tokens"])),
     ("width", lambda r: str(r["width"])),
-    ("ms", lambda r: _number(r["median_s"] * 1e3, "{:.2f}")),
+    ("ms", lambda r: _number(r["median_s"] and r["median_s"] * 1e3, "{:.2f}", "failed")),
     ("vs attn", lambda r: _number(r.get("vs_attention"), "{:.2f}x")),
-    ("GMAC", lambda r: _number(r["macs"] / 1e9, "{:.2f}")),
+    ("GMAC", lambda r: _number(r["macs"] and r["macs"] / 1e9, "{:.2f}")),
     *_SHARED,
 ]
 
@@ -94,7 +98,7 @@ def _op_summary(rows: list[Row]) -> list[Row]:
     """The fused contenders' speed over the best eager layout, over the shapes of each op, mode and dtype."""
     groups: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
     for row in rows:
-        if row["contender"] not in ("eager", "channels_last"):
+        if row["contender"] not in ("eager", "channels_last") and row.get("vs_eager") is not None:
             groups[row["op"], row["mode"], row["dtype"]].append(row)
     found = []
     for (op, mode, dtype), members in groups.items():
@@ -150,7 +154,7 @@ def provenance(result: Result) -> str:
 LEGEND = (
     "img/s: median of interleaved runs. vs DiT: over the fastest DiT contender of the same size, dtype and batch. "
     "limit: share of the roofline of the rates measured in the same run. peak: allocated during a call beyond weights "
-    "and inputs. error: relative rms against float64."
+    "and inputs (not shown for CUDA graphs). error: relative rms against float64."
 )
 
 

@@ -7,11 +7,10 @@ from collections.abc import Callable
 from datetime import datetime, timezone
 from typing import Any
 
-import pytest
 import torch
 
 from . import contenders, limits, machine, presets, report
-from .harness import Contender, Measurement, interleave
+from .harness import Contender, Measurement, describe_failure, interleave
 
 
 class RecordedClock:
@@ -48,57 +47,67 @@ class Session:
         self.rows: dict[str, list[report.Row]] = {"models": [], "halves": [], "ops": []}
         self.ceilings: dict[str, limits.Ceiling] = {}
         self.selected: dict[Any, list[tuple[str, str]]] = {}
+        self.machine = machine.describe()
         self._arena: Any = None
-        self._found: dict[tuple[str, str], tuple[Contender, Measurement]] = {}
-        self._failed: dict[tuple[str, str], str] = {}
+        self._found: dict[tuple[str, str], tuple[Contender | None, Measurement]] = {}
+        self._clocks: str | None = None
 
     def measure(
         self, arena: Any, row: tuple[str, str], build: Callable[..., Contender]
-    ) -> tuple[Contender, Measurement]:
+    ) -> tuple[Contender | None, Measurement]:
         """One row's measurement; the first row of an arena measures all of its selected rows."""
         if arena != self._arena:
-            self._arena, self._found, self._failed = arena, {}, {}
+            self._arena, self._found = arena, {}
             torch._dynamo.reset()
             gc.collect()
-            ready = {}
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            ready: dict[tuple[str, str], Contender] = {}
             for key in self.selected[arena]:
                 try:
                     ready[key] = build(arena, *key, self.device)
-                except (torch.OutOfMemoryError, RuntimeError) as error:
-                    self._failed[key] = str(error).splitlines()[0]
+                except Exception as error:  # the other contenders are still worth measuring
+                    self._found[key] = None, Measurement(failure=describe_failure(error))
             names = {" ".join(key): key for key in ready}
             found = interleave({n: ready[k] for n, k in names.items()}, arena.rounds, self.device)
-            self._found = {names[n]: (ready[names[n]], m) for n, m in found.items()}
-            del ready
-        if row in self._failed:
-            pytest.fail(f"{' '.join(row)} could not run: {self._failed[row]}", pytrace=False)
+            self._clocks = machine.clocks(self.device)
+            self._found |= {names[n]: (ready[names[n]], m) for n, m in found.items()}
         return self._found[row]
 
-    def ceiling(self, dtype: str) -> limits.Ceiling:
-        """The device's ceilings for a dtype, measured once a run."""
+    def ceiling(self, dtype: str) -> limits.Ceiling | None:
+        """The device's ceilings for a dtype, measured once a run; None where one rate would not do.
+
+        On a GPU "fp32" lets cuDNN's convolutions use TF32 and matrix products not: no single ceiling is true of both.
+        """
+        if dtype == "fp32" and self.device.type == "cuda":
+            return None
         if dtype not in self.ceilings:
             with contenders.precision(dtype):
                 self.ceilings[dtype] = limits.measure_ceiling(self.device, contenders.DTYPES[dtype])
         return self.ceilings[dtype]
 
-    def common(self, arena: Any, contender: Contender, found: Measurement) -> report.Row:
-        """The part of a result row that models and halves share."""
+    def record(self, table: str, arena: Any, contender: Contender | None, found: Measurement, own: report.Row) -> None:
+        """Add a row to a table of the result. ``own``: what only this table has."""
         share = None
-        if contender.macs is not None and contender.moved is not None:
-            share = self.ceiling(arena.dtype).seconds(contender.macs, contender.moved) / found.median
-        return {
+        if contender is not None and found.failure is None and contender.macs is not None:
+            ceiling = self.ceiling(arena.dtype)
+            if ceiling is not None and contender.moved is not None:
+                share = ceiling.seconds(contender.macs, contender.moved) / found.median
+        row: report.Row = {
+            **own,
             "arena": arena.title(),
             "dtype": arena.dtype,
             "batch": arena.batch,
-            "median_s": found.median,
+            "failure": found.failure,
+            "median_s": None if found.failure else found.median,
             "samples_s": found.samples,
             "share": share,
-            "macs": contender.macs,
-            "moved_bytes": contender.moved,
             "peak_bytes": found.peak_bytes,
-            "error": contender.error,
-            "compile_s": contender.compile_s,
+            "clocks": self._clocks,
         }
+        for name in ("macs", "moved", "error", "compile_s"):
+            row[name] = getattr(contender, name, None)
+        self.rows[table].append(row)
 
     def result(self) -> report.Result:
         """Everything measured so far, as written to JSON."""
@@ -112,7 +121,7 @@ class Session:
             "schema": report.SCHEMA,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "preset": self.preset,
-            "machine": machine.describe(),
+            "machine": self.machine,
             "ceilings": {dtype: ceiling.as_dict() for dtype, ceiling in self.ceilings.items()},
             **self.rows,
         }
@@ -122,7 +131,8 @@ def _add_ratios(rows: list[report.Row], over: str, against: Callable[[report.Row
     """Speed over the fastest of some rows of the same arena, where it has any."""
     fastest: dict[str, float] = {}
     for row in filter(against, rows):
-        fastest[row["arena"]] = min(row["median_s"], fastest.get(row["arena"], float("inf")))
+        if row["median_s"] is not None:
+            fastest[row["arena"]] = min(row["median_s"], fastest.get(row["arena"], float("inf")))
     for row in rows:
-        if row["arena"] in fastest:
+        if row["arena"] in fastest and row["median_s"] is not None:
             row[over] = fastest[row["arena"]] / row["median_s"]

@@ -15,15 +15,12 @@ def test_model(model_row: Any, state: Any, replay: Any, benchmark: Any) -> None:
     arena, row = model_row
     benchmark.group = arena.title()
     contender, found = state.measure(arena, row, contenders.model_contender)
-    replay(found.samples)
-    images = arena.batch / found.median
-    state.rows["models"].append(
-        {
-            "model": row[0],
-            "contender": row[1],
-            "resolution": arena.resolution,
-            "mode": arena.mode,
-            "img_s": images,
-            **state.common(arena, contender, found),
-        }
-    )
+    own = {
+        "model": row[0],
+        "contender": row[1],
+        "resolution": arena.resolution,
+        "mode": arena.mode,
+        "img_s": None if found.failure else arena.batch / found.median,
+    }
+    state.record("models", arena, contender, found, own)
+    replay(found)

@@ -15,13 +15,6 @@ def test_half(half_row: Any, state: Any, replay: Any, benchmark: Any) -> None:
     arena, row = half_row
     benchmark.group = arena.title()
     contender, found = state.measure(arena, row, contenders.half_contender)
-    replay(found.samples)
-    state.rows["halves"].append(
-        {
-            "op": row[0],
-            "contender": row[1],
-            "width": arena.width,
-            "tokens": arena.side**2,
-            **state.common(arena, contender, found),
-        }
-    )
+    own = {"op": row[0], "contender": row[1], "width": arena.width, "tokens": arena.side**2}
+    state.record("halves", arena, contender, found, own)
+    replay(found)

@@ -15,15 +15,13 @@ def test_op(op_row: Any, state: Any, replay: Any, benchmark: Any) -> None:
     arena, row = op_row
     benchmark.group = arena.title()
     contender, found = state.measure(arena, row, op_contenders.op_contender)
-    replay(found.samples)
-    state.rows["ops"].append(
-        {
-            "op": row[0],
-            "contender": row[1],
-            "size": arena.size,
-            "channels": arena.channels,
-            "side": arena.side,
-            "mode": arena.mode,
-            **state.common(arena, contender, found),
-        }
-    )
+    own = {
+        "op": row[0],
+        "contender": row[1],
+        "size": arena.size,
+        "channels": arena.channels,
+        "side": arena.side,
+        "mode": arena.mode,
+    }
+    state.record("ops", arena, contender, found, own)
+    replay(found)

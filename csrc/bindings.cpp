@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <memory>
 #include <stdexcept>
 
 #include "dico/cpu.h"
@@ -18,19 +19,17 @@ namespace py = pybind11;
 
 namespace {
 
-dico::AdalnArgs adaln_args(uintptr_t x, uintptr_t shift, uintptr_t scale, uintptr_t y, int64_t images, int64_t rows,
-                           int64_t channels, int64_t shift_stride, int64_t scale_stride, double eps) {
-    return {reinterpret_cast<const void*>(x),
-            reinterpret_cast<const void*>(shift),
-            reinterpret_cast<const void*>(scale),
-            reinterpret_cast<void*>(y),
-            images,
-            rows,
-            channels,
-            shift_stride,
-            scale_stride,
-            eps};
-}
+using Address = uintptr_t;
+
+void* at(Address address) { return reinterpret_cast<void*>(address); }
+
+int64_t element_size(int dtype) { return dtype == static_cast<int>(dico::Dtype::float64) ? 8 : 4; }
+
+// Partial sums of the accumulation type; not initialised.
+struct Workspace {
+    explicit Workspace(int64_t bytes) : memory(new char[static_cast<size_t>(bytes)]) {}
+    std::unique_ptr<char[]> memory;
+};
 
 #ifdef DICO_WITH_CUDA
 void raise_if(const char* error, const char* op) {
@@ -73,24 +72,102 @@ PYBIND11_MODULE(_C, m) {
     m.def("selected_isa", [] { return std::string(dico::cpu::kernels().isa); });
     m.def("select_isa", &dico::cpu::select_isa);
 
-    m.def("adaln_modulate_cpu",
-          [](int dtype, uintptr_t x, uintptr_t shift, uintptr_t scale, uintptr_t y, int64_t images, int64_t rows,
-             int64_t channels, int64_t shift_stride, int64_t scale_stride, double eps, int threads) {
+    using dico::Dtype;
+    using dico::cpu::kernels;
+
+    m.def("adaln_forward",
+          [](int dtype, int64_t images, int64_t rows, int64_t channels, Address x, Address branch, Address gate,
+             int64_t gate_stride, Address shift, int64_t shift_stride, Address scale, int64_t scale_stride,
+             double eps, Address y, Address h, Address mean, Address rstd, int threads) {
               py::gil_scoped_release nogil;
-              dico::cpu::kernels().adaln_modulate(
-                  static_cast<dico::Dtype>(dtype),
-                  adaln_args(x, shift, scale, y, images, rows, channels, shift_stride, scale_stride, eps), threads);
+              dico::AdalnArgs a{};
+              a.images = images, a.rows = rows, a.channels = channels;
+              a.x = at(x), a.branch = at(branch), a.gate = at(gate), a.shift = at(shift), a.scale = at(scale);
+              a.gate_stride = gate_stride, a.shift_stride = shift_stride, a.scale_stride = scale_stride;
+              a.eps = eps, a.y = at(y), a.h = at(h), a.mean = at(mean), a.rstd = at(rstd);
+              kernels().adaln_forward(static_cast<Dtype>(dtype), a, threads);
           });
 
-#ifdef DICO_WITH_CUDA
-    m.def("adaln_modulate_cuda", [](int dtype, uintptr_t x, uintptr_t shift, uintptr_t scale, uintptr_t y,
-                                    int64_t images, int64_t rows, int64_t channels, int64_t shift_stride,
-                                    int64_t scale_stride, double eps, int device, uintptr_t stream) {
+    m.def("adaln_backward", [](int dtype, int64_t images, int64_t rows, int64_t channels, Address dy, Address dh,
+                               Address x, Address branch, Address gate, int64_t gate_stride, Address scale,
+                               int64_t scale_stride, Address mean, Address rstd, Address dx, Address dbranch,
+                               Address sums, int threads) {
         py::gil_scoped_release nogil;
-        const char* error = dico::cuda::adaln_modulate(
-            static_cast<dico::Dtype>(dtype),
-            adaln_args(x, shift, scale, y, images, rows, channels, shift_stride, scale_stride, eps), device,
-            reinterpret_cast<void*>(stream));
+        dico::AdalnArgs a{};
+        a.images = images, a.rows = rows, a.channels = channels;
+        a.dy = at(dy), a.dh = at(dh), a.x = at(x), a.branch = at(branch), a.gate = at(gate), a.scale = at(scale);
+        a.gate_stride = gate_stride, a.scale_stride = scale_stride;
+        a.mean = at(mean), a.rstd = at(rstd), a.y = at(dx), a.h = at(dbranch), a.sums = at(sums);
+        const Workspace space(images * dico::row_blocks(rows) * dico::kSums * channels * element_size(dtype));
+        a.workspace = space.memory.get();
+        kernels().adaln_backward(static_cast<Dtype>(dtype), a, threads);
+    });
+
+    m.def("channel_sums", [](int dtype, int64_t images, int64_t rows, int64_t channels, Address x, Address z,
+                             Address y, int threads) {
+        py::gil_scoped_release nogil;
+        dico::ChannelArgs a{};
+        a.images = images, a.rows = rows, a.channels = channels, a.x = at(x), a.z = at(z), a.y = at(y);
+        const Workspace space(images * dico::row_blocks(rows) * channels * element_size(dtype));
+        a.workspace = space.memory.get();
+        kernels().channel_sums(static_cast<Dtype>(dtype), a, threads);
+    });
+
+    m.def("channel_affine",
+          [](int dtype, int64_t images, int64_t rows, int64_t channels, Address x, Address s, int64_t s_stride,
+             Address shift, int64_t shift_stride, Address z, Address r, int64_t r_stride, Address y, int threads) {
+              py::gil_scoped_release nogil;
+              dico::ChannelArgs a{};
+              a.images = images, a.rows = rows, a.channels = channels;
+              a.x = at(x), a.z = at(z), a.s = at(s), a.r = at(r), a.shift = at(shift), a.y = at(y);
+              a.s_stride = s_stride, a.r_stride = r_stride, a.shift_stride = shift_stride;
+              kernels().channel_affine(static_cast<Dtype>(dtype), a, threads);
+          });
+
+    m.def("depthwise_forward", [](int dtype, int64_t images, int64_t height, int64_t width, int64_t channels, int k,
+                                  bool gelu, Address x, Address weight, Address bias, Address y, int threads) {
+        py::gil_scoped_release nogil;
+        dico::DepthwiseArgs a{};
+        a.images = images, a.height = height, a.width = width, a.channels = channels, a.k = k, a.gelu = gelu;
+        a.x = at(x), a.weight = at(weight), a.bias = at(bias), a.y = at(y);
+        kernels().depthwise_forward(static_cast<Dtype>(dtype), a, threads);
+    });
+
+    m.def("depthwise_backward", [](int dtype, int64_t images, int64_t height, int64_t width, int64_t channels,
+                                   int k, bool gelu, Address dy, Address x, Address weight, Address bias,
+                                   Address dx, Address dweight, Address dbias, int threads) {
+        py::gil_scoped_release nogil;
+        dico::DepthwiseArgs a{};
+        a.images = images, a.height = height, a.width = width, a.channels = channels, a.k = k, a.gelu = gelu;
+        a.dy = at(dy), a.x = at(x), a.weight = at(weight), a.bias = at(bias);
+        a.y = at(dx), a.dweight = at(dweight), a.dbias = at(dbias);
+        const Workspace space(kernels().depthwise_workspace(static_cast<Dtype>(dtype), a));
+        a.workspace = space.memory.get();
+        kernels().depthwise_backward(static_cast<Dtype>(dtype), a, threads);
+    });
+
+    m.def("shuffle", [](bool gather, int dtype, int64_t height, int64_t width, int64_t shuffled, int64_t skipped,
+                        int64_t first, int64_t count, Address up, Address skip, Address joined, int threads) {
+        py::gil_scoped_release nogil;
+        dico::ShuffleArgs a{};
+        a.height = height, a.width = width, a.shuffled = shuffled, a.skipped = skipped;
+        a.first = first, a.count = count, a.joined = at(joined);
+        a.up = a.dup = at(up), a.skip = a.dskip = at(skip);
+        const dico::cpu::Kernels& k = kernels();
+        (gather ? k.shuffle_gather : k.shuffle_scatter)(static_cast<Dtype>(dtype), a, threads);
+    });
+
+#ifdef DICO_WITH_CUDA
+    m.def("adaln_modulate_cuda", [](int dtype, int64_t images, int64_t rows, int64_t channels, Address x,
+                                    Address shift, int64_t shift_stride, Address scale, int64_t scale_stride,
+                                    double eps, Address h, Address mean, Address rstd, int device, Address stream) {
+        py::gil_scoped_release nogil;
+        dico::AdalnArgs a{};
+        a.images = images, a.rows = rows, a.channels = channels, a.x = at(x), a.shift = at(shift),
+        a.scale = at(scale);
+        a.shift_stride = shift_stride, a.scale_stride = scale_stride;
+        a.eps = eps, a.h = at(h), a.mean = at(mean), a.rstd = at(rstd);
+        const char* error = dico::cuda::adaln_modulate(static_cast<Dtype>(dtype), a, device, at(stream));
         raise_if(error, "adaln_modulate");
     });
 #endif

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,14 +45,15 @@ def load_checkpoint(
         path_or_state_dict: a ``.safetensors`` file; a ``torch.save`` file (any other suffix); or the loaded mapping.
             A mapping may be the weights themselves or a training checkpoint as DiT's and DiCo's code writes them,
             {"model": ..., "ema": ..., "opt": ..., "args": ...}. Prefixes that wrappers add to every key ("module.",
-            "_orig_mod.") are removed.
+            "_orig_mod.") are removed, from the model's own keys as well.
         prefer_ema: of a training checkpoint, take "ema" when it is there, else "model".
-        strict: refuse missing and unexpected keys. A wrong shape is always refused.
+        strict: refuse missing and unexpected keys. A wrong shape, or an integer or complex tensor for a
+            floating one, is always refused.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: a file that is truncated, of another format or holds code; a mapping without weights; keys or
-            shapes that differ from the model's (one error lists all three kinds).
+            shapes that differ from the model's (one error lists all kinds); a model on the meta device.
 
     ``torch.save`` files are unpickled with ``weights_only=True``, allowing tensors, containers and
     ``argparse.Namespace`` (which the published training code stores) and nothing else: a checkpoint cannot run code.
@@ -65,8 +65,8 @@ def load_checkpoint(
         origin, content = str(path), _read(path)
     source, weights = _select(content, prefer_ema, origin)
     weights = _strip_prefixes(weights)
-
-    own = model.state_dict()
+    # A compiled or parallel model has the prefixes too; what stands behind them is compared.
+    own = _strip_prefixes(model.state_dict())
     missing = [k for k in own if k not in weights]
     unexpected = [k for k in weights if k not in own]
     reshaped = [
@@ -74,7 +74,12 @@ def load_checkpoint(
         for k, v in weights.items()
         if k in own and v.shape != own[k].shape
     ]
-    refused = {"wrongly shaped": reshaped}
+    wrong_kind = [
+        f"{k} (checkpoint {v.dtype}, model {own[k].dtype})"
+        for k, v in weights.items()
+        if k in own and own[k].is_floating_point() != v.is_floating_point()
+    ]
+    refused = {"wrongly shaped": reshaped, "of the wrong kind": wrong_kind}
     if strict:
         refused = {"missing": missing, "unexpected": unexpected, **refused}
     if any(refused.values()):
@@ -85,7 +90,16 @@ def load_checkpoint(
             + "\nMake the model with the checkpoint's variant and settings (num_classes, in_channels, learn_sigma, "
             "input_size)."
         )
-    model.load_state_dict(weights, strict=False)
+    homeless = [k for k, v in own.items() if v.is_meta]
+    if homeless:
+        raise ValueError(
+            f"{type(model).__name__} has {len(homeless)} tensors on the meta device, which hold no values "
+            f"({_listing(homeless)}); make it on a real device, or call model.to_empty(device=...) first"
+        )
+    with torch.no_grad():
+        for key, value in own.items():  # state_dict shares memory with the model
+            if key in weights:
+                value.copy_(weights[key])
     return LoadReport(source, missing, unexpected)
 
 
@@ -111,7 +125,9 @@ def _read(path: Path) -> Mapping[str, Any]:
             content = torch.load(
                 path, map_location="cpu", weights_only=True, mmap=True if zipfile.is_zipfile(path) else None
             )
-    except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, ValueError) as error:
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # a damaged pickle can raise anything
         first = str(error).strip().splitlines()
         why = first[0] if first else type(error).__name__
         raise ValueError(
@@ -126,9 +142,9 @@ def _read(path: Path) -> Mapping[str, Any]:
 def _select(content: Mapping[str, Any], prefer_ema: bool, origin: str) -> tuple[str, dict[str, Tensor]]:
     """The weights in a training checkpoint, or the mapping itself."""
     order = ("ema", "model") if prefer_ema else ("model", "ema")
-    source = next((k for k in order if isinstance(content.get(k), Mapping)), "state_dict")
+    source = next((k for k in order if isinstance(content.get(k), Mapping) and content[k]), "state_dict")
     weights = content if source == "state_dict" else content[source]
-    if not weights or not all(isinstance(v, Tensor) for v in weights.values()):
+    if not weights or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in weights.items()):
         held = ", ".join(list(map(str, content))[:_LISTED]) or "nothing"
         raise ValueError(
             f"{origin}: holds {held}; expected parameter names with tensors, or a training checkpoint with "

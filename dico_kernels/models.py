@@ -45,7 +45,7 @@ def create_model(name: str, **overrides: Any) -> Denoiser:
         >>> model = create_model("DiCo-XL", num_classes=1000, in_channels=4, learn_sigma=True)
     """
     if name not in _VARIANTS:
-        close = difflib.get_close_matches(name, _VARIANTS, n=1, cutoff=0.5)
+        close = difflib.get_close_matches(str(name), _VARIANTS, n=1, cutoff=0.5)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         raise ValueError(f"name={name!r}: unknown model{hint}; accepted: {', '.join(_VARIANTS)}")
     family, config = _VARIANTS[name]

@@ -13,18 +13,26 @@ GUIDED_CHANNELS = 3
 LEVELS = ("enc1", "enc2", "mid", "dec2", "dec1")
 
 
+def whole_number(name: str, value: object, least: int = 1, multiple: int = 1) -> int:
+    """An integer, or a ValueError naming the argument, what was given and what is accepted."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least or value % multiple:
+        of = f", a multiple of {multiple}" if multiple > 1 else ""
+        raise ValueError(f"{name}={value!r}: expected an integer >= {least}{of}")
+    return value
+
+
 def check_depth(depth: Sequence[int]) -> tuple[int, ...]:
     """Depths of the five stages, or a ValueError that says what is accepted."""
-    if len(depth) != len(LEVELS) or any(not isinstance(d, int) or d < 0 for d in depth):
+    if not isinstance(depth, Sequence) or len(depth) != len(LEVELS):
         raise ValueError(f"depth={depth!r}: expected {len(LEVELS)} integers >= 0, for {', '.join(LEVELS)}")
-    return tuple(depth)
+    return tuple(whole_number(f"depth[{i}]", d, least=0) for i, d in enumerate(depth))
 
 
-def check_multiple(name: str, value: int, of: int) -> int:
-    """A positive multiple, or a ValueError naming the argument."""
-    if value <= 0 or value % of:
-        raise ValueError(f"{name}={value}: expected a positive multiple of {of}")
-    return value
+def inner_width(width: int, mlp_ratio: float) -> int:
+    """Width of a feed-forward, or a ValueError where the ratio leaves none."""
+    if isinstance(mlp_ratio, bool) or not isinstance(mlp_ratio, (int, float)) or int(width * mlp_ratio) < 1:
+        raise ValueError(f"mlp_ratio={mlp_ratio!r}: expected a number that leaves at least one of {width} channels")
+    return int(width * mlp_ratio)
 
 
 def downsample(channels: int, name: str) -> nn.Sequential:
@@ -65,9 +73,8 @@ class Denoiser(nn.Module):
 
     def __init__(self, in_channels: int, num_classes: int, learn_sigma: bool, class_dropout_prob: float) -> None:
         super().__init__()
-        for name, value in (("in_channels", in_channels), ("num_classes", num_classes)):
-            if value < 1:
-                raise ValueError(f"{name}={value}: expected a positive integer")
+        whole_number("in_channels", in_channels)
+        whole_number("num_classes", num_classes)
         if not 0 <= class_dropout_prob <= 1:
             raise ValueError(f"class_dropout_prob={class_dropout_prob}: expected a probability, 0 to 1")
         self.in_channels, self.num_classes, self.learn_sigma = in_channels, num_classes, learn_sigma
@@ -76,8 +83,8 @@ class Denoiser(nn.Module):
 
     def check_inputs(self, x: Tensor, t: Tensor, y: Tensor) -> None:
         """Raise ValueError naming the argument, what was given and what is accepted."""
-        if x.ndim != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(f"x has shape {tuple(x.shape)}: expected (N, {self.in_channels}, H, W)")
+        if x.ndim != 4 or x.shape[1] != self.in_channels or x.shape[0] == 0:
+            raise ValueError(f"x has shape {tuple(x.shape)}: expected (N, {self.in_channels}, H, W), N > 0")
         m = self.spatial_multiple
         h, w = x.shape[2], x.shape[3]
         if h == 0 or w == 0 or h % m or w % m:
@@ -89,8 +96,8 @@ class Denoiser(nn.Module):
                 )
         if t.is_complex() or t.dtype == torch.bool:
             raise ValueError(f"t has dtype {t.dtype}: expected a floating or integer dtype")
-        if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-            raise ValueError(f"y has dtype {y.dtype}: expected an integer dtype (class labels)")
+        if y.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"y has dtype {y.dtype}: expected torch.int64 or torch.int32 (class labels)")
         if values_are_readable(y) and y.numel() and not 0 <= int(y.min()) <= int(y.max()) < self.label_count:
             null = f" ({self.num_classes} is the null label)" if self.label_count > self.num_classes else ""
             raise ValueError(
@@ -118,7 +125,8 @@ class Denoiser(nn.Module):
             )
         half = x[: x.shape[0] // 2]
         out = self(torch.cat([half, half]), t, y)
-        noise, rest = out[:, :GUIDED_CHANNELS], out[:, GUIDED_CHANNELS:]
+        channels = min(GUIDED_CHANNELS, self.in_channels)  # never the variance
+        noise, rest = out[:, :channels], out[:, channels:]
         conditional, unconditional = noise.chunk(2)
         guided = unconditional + cfg_scale * (conditional - unconditional)
         return torch.cat([torch.cat([guided, guided]), rest], dim=1)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional as F
-from .base import Denoiser, check_depth, check_multiple, downsample, upsample
+from .base import Denoiser, check_depth, downsample, inner_width, upsample, whole_number
 from .embed import (
     SharedDropLabelEmbedder,
     TimestepEmbedder,
@@ -46,7 +46,7 @@ class DiCoBlock(nn.Module):
 
     def __init__(self, hidden_size: int, mlp_ratio: float = 4.0) -> None:
         super().__init__()
-        c, ffn = hidden_size, int(hidden_size * mlp_ratio)
+        c, ffn = hidden_size, inner_width(hidden_size, mlp_ratio)
         self.conv1 = nn.Conv2d(c, c, 1)
         self.conv2 = nn.Conv2d(c, c, 3, padding=1, groups=c)
         self.conv3 = nn.Conv2d(c, c, 1)
@@ -122,7 +122,7 @@ class DiCo(Denoiser):
         super().__init__(in_channels, num_classes, learn_sigma, class_dropout_prob)
         enc1, enc2, mid, dec2, dec1 = check_depth(depth)
         # D/2 channels are unshuffled into 2D, 2D/2 into 4D.
-        d = check_multiple("hidden_size", hidden_size, 2)
+        d = whole_number("hidden_size", hidden_size, multiple=2)
 
         def stage(width: int, blocks: int) -> nn.ModuleList:
             return nn.ModuleList(DiCoBlock(width, mlp_ratio) for _ in range(blocks))

@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .base import Denoiser
+from .base import Denoiser, inner_width, whole_number
 from .embed import (
     LabelEmbedder,
     TimestepEmbedder,
@@ -43,7 +43,7 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
-        if width % num_heads:
+        if width % whole_number("num_heads", num_heads):
             raise ValueError(f"num_heads={num_heads}: expected a divisor of the width, {width}")
         self.num_heads = num_heads
         self.qkv = nn.Linear(width, 3 * width)
@@ -75,7 +75,7 @@ class DiTBlock(nn.Module):
     def __init__(self, width: int, num_heads: int, mlp_ratio: float = 4) -> None:
         super().__init__()
         self.attn = Attention(width, num_heads)
-        self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.mlp = Mlp(width, inner_width(width, mlp_ratio))
         self.adaLN_modulation = silu_linear(width, 6)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
@@ -143,8 +143,9 @@ class DiT(Denoiser):
         learn_sigma: bool = True,
     ) -> None:
         super().__init__(in_channels, num_classes, learn_sigma, class_dropout_prob)
-        if input_size % patch_size:
-            raise ValueError(f"input_size={input_size}: expected a multiple of patch_size={patch_size}")
+        whole_number("hidden_size", hidden_size, multiple=4)
+        whole_number("depth", depth, least=0)
+        whole_number("input_size", input_size, multiple=whole_number("patch_size", patch_size))
         self.input_size, self.patch_size = input_size, patch_size
         self.spatial_multiple = patch_size
         side = input_size // patch_size

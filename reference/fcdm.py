@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional as F
-from .base import Denoiser, check_depth, check_multiple, downsample, upsample
+from .base import Denoiser, check_depth, downsample, inner_width, upsample, whole_number
 from .embed import LabelEmbedder, TimestepEmbedder, initialise, initialise_flattened, silu_linear, zero
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -49,7 +49,7 @@ class FCDMBlock(nn.Module):
 
     def __init__(self, hidden_size: int, mlp_ratio: float = 3) -> None:
         super().__init__()
-        c, inner = hidden_size, int(hidden_size * mlp_ratio)
+        c, inner = hidden_size, inner_width(hidden_size, mlp_ratio)
         self.dwconv = nn.Conv2d(c, c, 7, padding=3, groups=c)
         self.pwconv1 = nn.Conv2d(c, inner, 1)
         self.grn = GlobalResponseNorm(inner)
@@ -109,7 +109,7 @@ class FCDM(Denoiser):
     ) -> None:
         super().__init__(in_channels, num_classes, learn_sigma, class_dropout_prob)
         enc1, enc2, mid, dec2, dec1 = check_depth(depth)
-        d = check_multiple("hidden_size", hidden_size, 2)
+        d = whole_number("hidden_size", hidden_size, multiple=2)
 
         def stage(width: int, blocks: int) -> nn.ModuleList:
             return nn.ModuleList(FCDMBlock(width, mlp_ratio) for _ in range(blocks))

@@ -127,6 +127,48 @@ def test_a_truncated_file_is_named(tmp_path, suffix, kept):
     assert holds(model, before)
 
 
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_a_damaged_file_is_named_whatever_breaks(tmp_path, legacy):
+    path = tmp_path / "weights.pt"
+    torch.save({k: MODEL[k] for k in list(MODEL)[:3]}, path, _use_new_zipfile_serialization=not legacy)
+    whole = bytearray(path.read_bytes())
+    generator, refused = torch.Generator().manual_seed(0), 0
+    for position in torch.randint(min(1500, len(whole)), (150,), generator=generator).tolist():
+        damaged = whole.copy()
+        damaged[position] ^= 0x5A
+        path.write_bytes(damaged)
+        try:
+            dk.load_checkpoint(tiny(), path, strict=False)
+        except ValueError as error:
+            assert "weights.pt" in str(error)  # noqa: PT017
+            refused += 1
+    assert refused > 20
+
+
+def test_wrapped_models_load_too():
+    for wrapped in (torch.compile(tiny()), torch.nn.DataParallel(tiny())):
+        dk.load_checkpoint(wrapped, {f"module.{k}": v for k, v in MODEL.items()})
+        inner = next(wrapped.children())
+        assert holds(inner, MODEL)
+
+
+def test_a_model_without_memory_is_refused():
+    with torch.device("meta"):
+        model = tiny()
+    with pytest.raises(ValueError, match=r"DiCo has 99 tensors on the meta device.*to_empty"):
+        dk.load_checkpoint(model, MODEL)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64])
+def test_tensors_of_another_kind_are_refused(dtype):
+    with pytest.raises(ValueError, match=r"of the wrong kind \(99\): x_embedder.proj.weight \(checkpoint"):
+        dk.load_checkpoint(tiny(), {k: v.to(dtype) for k, v in MODEL.items()})
+
+
+def test_an_empty_ema_is_passed_over():
+    assert dk.load_checkpoint(tiny(), {"ema": {}, "model": MODEL}).source == "model"
+
+
 class RunsCode:
     def __reduce__(self):
         return exec, ("import test_checkpoints_ran_code",)
@@ -154,6 +196,7 @@ def test_loading_leaves_torchs_allow_list_alone(tmp_path):
         ({}, "holds nothing"),
         ({"optimizer": {"lr": 1.0}}, "holds optimizer; expected parameter names"),
         ({"model": {"lr": 1.0}}, "holds model; expected parameter names"),
+        ({0: torch.zeros(1)}, "holds 0; expected parameter names"),
     ],
 )
 def test_a_mapping_without_weights_is_refused(content, named):

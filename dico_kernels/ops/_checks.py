@@ -84,6 +84,11 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def dense(v: Tensor | None) -> Tensor | None:
+    """A parameter without gaps, or None."""
+    return None if v is None else v.contiguous()
+
+
 def matrix(weight: Tensor) -> Tensor:
     """A 1x1 convolution's weight as its contiguous (K, C) matrix."""
     return weight.reshape(weight.shape[0], weight.shape[1]).contiguous()

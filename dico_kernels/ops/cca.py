@@ -28,7 +28,7 @@ def _cca(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor
     x = check.channels_last(x)
     pooled: Tensor = select("channel_sums", x)(x) / (x.shape[2] * x.shape[3])
     # In the weights' dtype: widening a C x C matrix each call would cost more than the product.
-    logits = F.linear(pooled.to(weight.dtype), check.matrix(weight), bias)
+    logits = F.linear(pooled.to(weight.dtype), check.matrix(weight), check.dense(bias))
     attention = torch.sigmoid(logits.to(pooled.dtype))
     return select("channel_affine", x)(x, attention), pooled, attention
 

@@ -40,8 +40,8 @@ def _pdg(
     _check_pdg(x, pw_weight, pw_bias, dw_weight, dw_bias)
     if x.shape[0] == 0:
         return _pdg_fake(x, pw_weight, pw_bias, dw_weight, dw_bias)
-    hidden = from_rows(F.linear(rows(check.channels_last(x)), check.matrix(pw_weight), pw_bias), x)
-    y: Tensor = select("depthwise", x)(hidden, dw_weight.contiguous(), dw_bias, True)
+    hidden = from_rows(F.linear(rows(check.channels_last(x)), check.matrix(pw_weight), check.dense(pw_bias)), x)
+    y: Tensor = select("depthwise", x)(hidden, dw_weight.contiguous(), check.dense(dw_bias), True)
     return y, hidden
 
 
@@ -60,7 +60,7 @@ def _pdg_backward(
         dx, *zeros = _pdg_backward_fake(dy, x, hidden, pw_weight, dw_weight, dw_bias)
         return dx, *(z.zero_() for z in zeros)  # type: ignore[return-value]
     dhidden, ddw, ddb = select("depthwise_backward", x)(
-        check.channels_last(dy), check.channels_last(hidden), dw_weight.contiguous(), dw_bias, True
+        check.channels_last(dy), check.channels_last(hidden), dw_weight.contiguous(), check.dense(dw_bias), True
     )
     d, matrix = rows(dhidden), rows(check.channels_last(x))
     dx = from_rows(d @ check.matrix(pw_weight), x)
@@ -150,7 +150,7 @@ def _da(
     _check_da(x, weight, bias, shift, scale, eps)
     if x.shape[0] == 0:
         return _da_fake(x, weight, bias, shift, scale, eps)
-    z = select("depthwise", x)(check.channels_last(x), weight.contiguous(), bias, False)
+    z = select("depthwise", x)(check.channels_last(x), weight.contiguous(), check.dense(bias), False)
     result: tuple[Tensor, Tensor, Tensor] = select("adaln_modulate", x)(z, shift.contiguous(), scale.contiguous(), eps)
     return result
 
@@ -170,7 +170,7 @@ def _da_backward(
         dx, *zeros = _da_backward_fake(dy, x, weight, bias, scale, mean, rstd)
         return dx, *(z.zero_() for z in zeros)  # type: ignore[return-value]
     x, weight = check.channels_last(x), weight.contiguous()
-    z = select("depthwise", x)(x, weight, bias, False)  # recomputed: cheaper than keeping an activation
+    z = select("depthwise", x)(x, weight, check.dense(bias), False)  # recomputed: cheaper than keeping an activation
     dz, dshift, dscale = select("adaln_modulate_backward", x)(
         check.channels_last(dy), z, scale.contiguous(), mean, rstd
     )

@@ -28,7 +28,7 @@ def _check(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> None:
 
 def _row(p: Tensor, like: Tensor) -> Tensor:
     """A parameter as (1, C) in the accumulation dtype."""
-    return p.reshape(1, -1).to(check.accumulation_dtype(like.dtype))
+    return p.reshape(1, -1).to(check.accumulation_dtype(like.dtype)).contiguous()
 
 
 def _grn(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor]:

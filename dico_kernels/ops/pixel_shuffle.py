@@ -29,7 +29,9 @@ def _forward(up: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | None) -> T
     if up.shape[0] == 0:
         return check.empty_image(up, weight.shape[0], 2)
     four = check.matrix(weight)[:, :, None, None]
-    y: Tensor = select("pixel_shuffle_skip", up)(check.channels_last(up), check.channels_last(skip), four, bias)
+    y: Tensor = select("pixel_shuffle_skip", up)(
+        check.channels_last(up), check.channels_last(skip), four, check.dense(bias)
+    )
     return y
 
 

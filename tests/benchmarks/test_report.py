@@ -50,7 +50,7 @@ def test_pytest_benchmark_sees_the_interleaved_samples(measured):
     path, printed = measured
     row = report.load(path)["models"][0]
     median = sum(row["samples_s"]) / 2 * 1e3
-    assert f"{median:.4f}" in printed
+    assert f"{median:,.4f}" in printed
 
 
 def test_markdown_and_plots(measured, tmp_path):
@@ -65,7 +65,10 @@ def test_markdown_and_plots(measured, tmp_path):
     assert "| DiCo-S | channels_last | fp32 | 1 |" in printed
 
 
-@pytest.mark.parametrize(("content", "named"), [("{", "not JSON"), ('{"schema": 99}', "schema 99"), ("[]", "'list'")])
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [("{", "not JSON"), ('{"schema": 99}', "schema 99"), ("[]", "'list'"), ('{"schema": 1}', "lacks created")],
+)
 def test_a_file_that_is_no_result_is_named(tmp_path, content, named):
     bad = tmp_path / "bad.json"
     bad.write_text(content)

@@ -240,6 +240,7 @@ class TestForward:
         ("x", "t", "y", "named"),
         [
             ((2, 4, 8), (2,), (2,), "x has shape"),
+            ((0, 4, 8, 8), (1,), (1,), r"x has shape .*N > 0"),
             ((2, 3, 8, 8), (2,), (2,), r"expected \(N, 4, H, W\)"),
             ((2, 4, 7, 8), (2,), (2,), "H and W must be positive multiples of"),
             ((2, 4, 8, 9), (2,), (2,), "H and W must be positive multiples of"),
@@ -261,14 +262,24 @@ class TestForward:
 
     def test_bad_dtypes_name_the_argument(self, make):
         x, t, y = torch.zeros(2, 4, 8, 8), torch.zeros(2), torch.zeros(2, dtype=torch.long)
-        with pytest.raises(ValueError, match="y has dtype"):
-            make()(x, t, y.float())
+        for dtype in (torch.float32, torch.uint8, torch.bool):
+            with pytest.raises(ValueError, match=r"y has dtype .*expected torch.int64 or torch.int32"):
+                make()(x, t, y.to(dtype))
         with pytest.raises(ValueError, match="t has dtype"):
             make()(x, t.to(torch.complex64), y)
 
     def test_guidance_wants_two_halves(self, make):
         with pytest.raises(ValueError, match="conditional and unconditional halves"):
             make().forward_with_cfg(torch.zeros(3, 4, 8, 8), torch.zeros(3), torch.zeros(3, dtype=torch.long), 1.5)
+
+
+def test_guidance_never_reaches_the_variance():
+    model = fill_(DiCo(in_channels=2, hidden_size=8, depth=[1] * 5, num_classes=3)).eval()
+    x, t, y = torch.randn(2, 2, 4, 4), torch.tensor([5, 5]), torch.tensor([1, 3])
+    with torch.no_grad():
+        guided = model.forward_with_cfg(x, t, y, 3.0)
+        plain = model(torch.cat([x[:1], x[:1]]), t, y)
+    assert torch.equal(guided[:, 2:], plain[:, 2:])
 
 
 @pytest.mark.parametrize(
@@ -284,11 +295,15 @@ class TestForward:
         (
             lambda: dk.create_model("FCDM-S", hidden_size=7),
             ValueError,
-            "hidden_size=7: expected a positive multiple",
+            "hidden_size=7: expected an integer >= 1, a multiple of 2",
         ),
-        (lambda: dk.create_model("DiT-S/2", input_size=33), ValueError, "input_size=33: expected a multiple"),
+        (
+            lambda: dk.create_model("DiT-S/2", input_size=33),
+            ValueError,
+            "input_size=33: expected an integer >= 1, a multiple of 2",
+        ),
         (lambda: dk.create_model("DiT-S/2", num_heads=7), ValueError, "num_heads=7: expected a divisor"),
-        (lambda: dk.create_model("DiCo-S", num_classes=0), ValueError, "num_classes=0: expected a positive"),
+        (lambda: dk.create_model("DiCo-S", num_classes=0), ValueError, "num_classes=0: expected an integer >= 1"),
         (
             lambda: dk.create_model("DiCo-S", class_dropout_prob=2),
             ValueError,

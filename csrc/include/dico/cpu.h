@@ -8,9 +8,18 @@
 
 namespace dico::cpu {
 
+// One entry a kernel; csrc/cpu/ has them under the same names.
 struct Kernels {
     const char* isa;
-    void (*adaln_modulate)(Dtype, const AdalnArgs&, int threads);
+    void (*adaln_forward)(Dtype, const AdalnArgs&, int threads);
+    void (*adaln_backward)(Dtype, const AdalnArgs&, int threads);
+    void (*channel_sums)(Dtype, const ChannelArgs&, int threads);
+    void (*channel_affine)(Dtype, const ChannelArgs&, int threads);
+    void (*depthwise_forward)(Dtype, const DepthwiseArgs&, int threads);
+    void (*depthwise_backward)(Dtype, const DepthwiseArgs&, int threads);
+    int64_t (*depthwise_workspace)(Dtype, const DepthwiseArgs&);  // bytes that backward needs
+    void (*shuffle_gather)(Dtype, const ShuffleArgs&, int threads);
+    void (*shuffle_scatter)(Dtype, const ShuffleArgs&, int threads);
 };
 
 // Names compiled in that this processor can run, best first.
