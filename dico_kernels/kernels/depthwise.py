@@ -36,7 +36,7 @@ def _taps(weight, c, C, K: tl.constexpr, FLIP: tl.constexpr, ACC: tl.constexpr):
     """The k * k taps of each channel, as a tuple of [1, channels] rows."""
     taps = ()
     for t in tl.static_range(K * K):
-        at: tl.constexpr = K * K - 1 - t if FLIP else t
+        at = K * K - 1 - t if FLIP else t
         taps = taps + (load(weight + row_offset(c, K * K)[None, :] + at, (c < C)[None, :], ACC),)
     return taps
 
@@ -126,7 +126,7 @@ def _depthwise_bwd_kernel(
     xs = ()
     # At row s the walk holds rows s - P .. s + P of dx and of x; rows of x outside [first, last) count as zero, since
     # another program adds them up.
-    for j in tl.static_range(K):
+    for _ in tl.static_range(K):
         dxs = dxs + (zero,)
     for j in tl.static_range(K - 1):
         r = first - 2 * P + j
@@ -221,7 +221,7 @@ def _forward(
 ) -> Tensor:
     n, c, h, w = x.shape
     k = weight.shape[-1]
-    tile = depthwise_tile(k, c, h, w, x.dtype)
+    tile = depthwise_tile(k, c, w, x.dtype)
     blocks = _grid(x, tile)
     y = empty_image(n, c, h, w, like=x)
     launch(
@@ -250,7 +250,7 @@ def depthwise_backward(
     n, c, h, w = x.shape
     k = weight.shape[-1]
     dz = _forward(x, weight, bias, dy, "dz") if gelu else dy
-    tile = depthwise_backward_tile(k, c, h, w, x.dtype)
+    tile = depthwise_backward_tile(k, c, w, x.dtype)
     blocks = _grid(x, tile)
     streams = n * blocks[0] * blocks[1]
     part = empty_acc(streams, k * k + 1, c, like=x)

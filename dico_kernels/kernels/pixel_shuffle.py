@@ -120,7 +120,7 @@ def _pixel_shuffle_skip_bwd_weight_kernel(
     PRECISION: tl.constexpr, CHUNK: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """CHUNK pixels' share of dweight, at BM outputs by BN inputs, of which c_blocks are in `up` and s_blocks in skip."""
+    """CHUNK pixels' share of dweight, at BM outputs by BN inputs, first those in `up`, then in skip."""
     pid = tl.program_id(0).to(tl.int64)
     block = pid % (c_blocks + s_blocks)
     pid = pid // (c_blocks + s_blocks)

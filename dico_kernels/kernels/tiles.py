@@ -82,27 +82,30 @@ def band_tile(c: int, hw: int) -> BandTile:
     return BandTile(rows, cols, max(_span(hw), rows), 4 if rows * cols >= 1024 else 1)
 
 
-def depthwise_tile(k: int, c: int, h: int, w: int, dtype: torch.dtype) -> DepthwiseTile:
+# Rows that one program streams, fewer where the image ends: 3x3 then reads 6% of its rows twice, and images of 32 rows
+# and fewer, most of a latent model's, none.
+_STREAM = 32
+
+
+def depthwise_tile(k: int, c: int, w: int, dtype: torch.dtype) -> DepthwiseTile:
     """The forward pass: k accumulators and k * k taps live in registers."""
     # 32 divides DiCo's 416 and 352 and is a 64-byte run of bf16.
     channels = min(pow2(c), 32)
     width = min(pow2(w), 32 if k <= 3 else 16)
-    # 32 rows repeat 2 of halo with k = 3, and a program still starts often enough to balance the load.
-    height = min(h, 32)
     # Each channel that a thread owns costs it k * k taps: at most 8 elements a thread for 3x3, 2 for the larger.
     per_thread = (8 if k <= 3 else 2) // (2 if dtype == torch.float64 else 1)
     warps = min(max(pow2(width * channels // (32 * per_thread)), 1), 8)
-    return DepthwiseTile(height, width, channels, warps)
+    return DepthwiseTile(_STREAM, width, channels, warps)
 
 
-def depthwise_backward_tile(k: int, c: int, h: int, w: int, dtype: torch.dtype) -> DepthwiseTile:
+def depthwise_backward_tile(k: int, c: int, w: int, dtype: torch.dtype) -> DepthwiseTile:
     """Weight gradient: k * k accumulators (k <= 3, with dx in the same pass), or k a program."""
     channels = min(pow2(c), 32)
     width = min(pow2(w), 16)
     # 18 tiles are live for k = 3: 4 elements a thread make that 72 registers.
     per_thread = 2 if dtype == torch.float64 else 4
     warps = min(max(pow2(width * channels // (32 * per_thread)), 1), 8)
-    return DepthwiseTile(min(h, 32), width, channels, warps)
+    return DepthwiseTile(_STREAM, width, channels, warps)
 
 
 def gemm_tile(m: int, n: int, k: int, dtype: torch.dtype) -> GemmTile:
