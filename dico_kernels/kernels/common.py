@@ -121,6 +121,12 @@ def gelu_grad(x):
 
 
 @triton.jit
+def wide(v):
+    """v in 64 bits, whether an argument, a loop's counter or (specialised by Triton, when it is 1) a constant."""
+    return tl.full([], v, tl.int64)
+
+
+@triton.jit
 def row_offset(row, C):
     """Element offset of a row of C, in 64 bits from the multiplication on: N * H * W * C exceeds 2^31."""
     return row.to(tl.int64) * C

@@ -24,6 +24,7 @@ from dico_kernels.kernels.common import (
     load,
     row_offset,
     store,
+    wide,
 )
 from dico_kernels.kernels.tiles import DepthwiseTile, depthwise_backward_tile, depthwise_tile
 
@@ -37,7 +38,7 @@ def _taps(weight, c, C, K: tl.constexpr, FLIP: tl.constexpr, ACC: tl.constexpr):
     taps = ()
     for t in tl.static_range(K * K):
         at = K * K - 1 - t if FLIP else t
-        taps = taps + (load(weight + row_offset(c, K * K)[None, :] + at, (c < C)[None, :], ACC),)
+        taps = taps + (load(weight + row_offset(c, K * K)[None, :] + wide(at), (c < C)[None, :], ACC),)
     return taps
 
 
@@ -73,7 +74,7 @@ def _depthwise_fwd_kernel(
         for kx in tl.static_range(K):
             shifted = w + (kx - P)
             ok = inside & ((shifted >= 0) & (shifted < W))[:, None] & (c < C)[None, :]
-            v = load(source + (kx - P) * C, ok, ACC)
+            v = load(source + (kx - P) * wide(C), ok, ACC)
             # rows[j] belongs to output row r - P + j, which meets input row r with tap row K - 1 - j
             added = ()
             for j in tl.static_range(K):
@@ -139,7 +140,7 @@ def _depthwise_bwd_kernel(
         for kx in tl.static_range(K):
             shifted = w + (P - kx)
             ok = inside & ((shifted >= 0) & (shifted < W))[:, None] & (c < C)[None, :]
-            d = load(source + (P - kx) * C, ok, ACC)
+            d = load(source + (P - kx) * wide(C), ok, ACC)
             added = ()
             counted = ()
             for ky in tl.static_range(K):
@@ -164,8 +165,8 @@ def _depthwise_bwd_kernel(
         xs = kept
     out = part + row_offset(stream, (K * K + 1)) * C + c
     for t in tl.static_range(K * K):
-        tl.store(out + row_offset(tl.zeros([1], tl.int64) + t, C), tl.sum(dtaps[t], axis=0), mask=c < C)
-    tl.store(out + row_offset(tl.zeros([1], tl.int64) + K * K, C), tl.sum(bias_sum, axis=0), mask=c < C)
+        tl.store(out + t * wide(C), tl.sum(dtaps[t], axis=0), mask=c < C)
+    tl.store(out + K * K * wide(C), tl.sum(bias_sum, axis=0), mask=c < C)
 
 
 @triton.jit
@@ -203,12 +204,12 @@ def _depthwise_bwd_weight_kernel(
         for kx in tl.static_range(K):
             shifted = w + (kx - P)
             ok = inside & ((shifted >= 0) & (shifted < W))[:, None] & (c < C)[None, :]
-            added = added + (dtaps[kx] + d * load(source + (kx - P) * C, ok, ACC),)
+            added = added + (dtaps[kx] + d * load(source + (kx - P) * wide(C), ok, ACC),)
         dtaps = added
     out = part + row_offset(stream, (K * K + 1)) * C + c
     for kx in tl.static_range(K):
         tl.store(out + row_offset(ky * K + kx, C), tl.sum(dtaps[kx], axis=0), mask=c < C)
-    tl.store(out + row_offset(ky * 0 + K * K, C), tl.sum(bias_sum, axis=0), mask=(c < C) & (ky == 0))
+    tl.store(out + K * K * wide(C), tl.sum(bias_sum, axis=0), mask=(c < C) & (ky == 0))
 
 
 def _grid(x: Tensor, tile: DepthwiseTile) -> tuple[int, int, int]:

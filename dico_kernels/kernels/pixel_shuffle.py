@@ -23,6 +23,7 @@ from dico_kernels.kernels.common import (
     load_operand,
     row_offset,
     store,
+    wide,
 )
 from dico_kernels.kernels.tiles import gemm_tile, weight_grad_chunk
 
@@ -31,11 +32,10 @@ from dico_kernels.kernels.tiles import gemm_tile, weight_grad_chunk
 def _shuffled(m_first, BLOCK: tl.constexpr, C, H, W):
     """Where BLOCK output rows from m_first on lie in `up`: element offset of (row, channel 0); channels are 4 apart."""
     # One 64-bit division a program; within an image 32 bits are enough, and a division there costs a tenth.
-    pixels = H * W * 4
-    n = m_first // pixels
+    pixels = wide(H) * W * 4
     local = (m_first % pixels).to(tl.int32) + tl.arange(0, BLOCK)
-    n = n + local // pixels
-    local = local % pixels
+    n = m_first // pixels + local // pixels.to(tl.int32)
+    local = local % pixels.to(tl.int32)
     y = local // (2 * W)
     x = local % (2 * W)
     row = (n * H + y // 2) * W + x // 2
@@ -60,14 +60,14 @@ def _pixel_shuffle_skip_fwd_kernel(
     taps = weight + row_offset(k, C + S)[None, :] + i[:, None]
     for at in range(0, C, BK):
         left = i < C - at
-        a = load_operand(source + at * 4, mmask & left[None, :])
-        acc = dot(a, load_operand(taps + at, kmask & left[:, None]), acc, PRECISION)
+        a = load_operand(source + wide(at) * 4, mmask & left[None, :])
+        acc = dot(a, load_operand(taps + wide(at), kmask & left[:, None]), acc, PRECISION)
     source = skip + row_offset(m, S)[:, None] + i[None, :]
-    taps += C
+    taps += wide(C)
     for at in range(0, S, BK):
         left = i < S - at
-        a = load_operand(source + at, mmask & left[None, :])
-        acc = dot(a, load_operand(taps + at, kmask & left[:, None]), acc, PRECISION)
+        a = load_operand(source + wide(at), mmask & left[None, :])
+        acc = dot(a, load_operand(taps + wide(at), kmask & left[:, None]), acc, PRECISION)
     if BIAS:
         acc += load(bias + k[None, :], kmask, ACC)
     store(out + row_offset(m, K)[:, None] + k[None, :], acc, mmask & kmask)
@@ -85,14 +85,14 @@ def _pixel_shuffle_skip_bwd_up_kernel(
     m = first + tl.arange(0, BM)
     c = (pid % col_blocks) * BN + tl.arange(0, BN)
     k = tl.arange(0, BK).to(tl.int64)
-    pixels = H * W
+    pixels = wide(H) * W
     local = (first % pixels).to(tl.int32) + tl.arange(0, BM)
-    n = first // pixels + local // pixels
-    local = local % pixels
+    n = first // pixels + local // pixels.to(tl.int32)
+    local = local % pixels.to(tl.int32)
     row = (n * (2 * H) + (local // W) * 2) * (2 * W) + (local % W) * 2
     mmask, cmask = (m < M)[:, None], (c < C)[None, :]
     source = dy + row_offset(row, K)[:, None] + k[None, :]
-    below = row_offset(tl.zeros([1, 1], tl.int64) + 2 * W, K)
+    right, below = wide(K), wide(K) * W * 2
     taps = weight + row_offset(k, C + S)[:, None] + c[None, :]
     s00 = tl.zeros([BM, BN], ACC)
     s01 = tl.zeros([BM, BN], ACC)
@@ -101,16 +101,17 @@ def _pixel_shuffle_skip_bwd_up_kernel(
     for at in range(0, K, BK):
         left = k < K - at
         ok = mmask & left[None, :]
+        here = source + wide(at)
         b = load_operand(taps, left[:, None] & cmask)
-        s00 = dot(load_operand(source + at, ok), b, s00, PRECISION)
-        s01 = dot(load_operand(source + at + K, ok), b, s01, PRECISION)
-        s10 = dot(load_operand(source + at + below, ok), b, s10, PRECISION)
-        s11 = dot(load_operand(source + at + below + K, ok), b, s11, PRECISION)
-        taps += row_offset(tl.zeros([1, 1], tl.int64) + BK, C + S)
+        s00 = dot(load_operand(here, ok), b, s00, PRECISION)
+        s01 = dot(load_operand(here + right, ok), b, s01, PRECISION)
+        s10 = dot(load_operand(here + below, ok), b, s10, PRECISION)
+        s11 = dot(load_operand(here + below + right, ok), b, s11, PRECISION)
+        taps += BK * (wide(C) + S)
     # channel 4c + 2i + j: interleaved like this a thread writes whole runs, not every fourth element
     merged = tl.interleave(tl.interleave(s00, s10), tl.interleave(s01, s11))
     q = (pid % col_blocks) * (BN * 4) + tl.arange(0, BN * 4)
-    store(dup + row_offset(m, C)[:, None] * 4 + q[None, :], merged, mmask & (q < row_offset(q * 0 + 4, C))[None, :])
+    store(dup + row_offset(m, C)[:, None] * 4 + q[None, :], merged, mmask & (q < wide(C) * 4)[None, :])
 
 
 @triton.jit
@@ -146,7 +147,7 @@ def _pixel_shuffle_skip_bwd_weight_kernel(
             a = load_operand(dy + row_offset(m, K)[None, :] + k[:, None], kmask & (m < M)[None, :])
             source = skip + row_offset(m, S)[:, None] + s[None, :]
             acc = dot(a, load_operand(source, (m < M)[:, None] & (s < S)[None, :]), acc, PRECISION)
-        tl.store(base + C + s[None, :], acc, mask=kmask & (s < S)[None, :])
+        tl.store(base + wide(C) + s[None, :], acc, mask=kmask & (s < S)[None, :])
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -181,8 +182,8 @@ def pixel_shuffle_skip_backward(
     precision, acc = _precision(up.dtype), acc_triton(up.dtype)
 
     rows = n * h * w
-    # four accumulators: a quarter of the tile's width
-    tile = gemm_tile(min(rows, 64), min(c, 32), k, up.dtype)
+    # four accumulators and five operands at a time: a quarter of the tile's width, half of its depth
+    tile = gemm_tile(min(rows, 64), min(c, 32), min(k, 32 if up.element_size() == 2 else 16), up.dtype)
     col_blocks = cdiv(c, tile.n)
     dup = empty_image(n, c4, h, w, like=up)
     launch(

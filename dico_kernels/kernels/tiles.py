@@ -91,7 +91,7 @@ def depthwise_tile(k: int, c: int, w: int, dtype: torch.dtype) -> DepthwiseTile:
     """The forward pass: k accumulators and k * k taps live in registers."""
     # 32 divides DiCo's 416 and 352 and is a 64-byte run of bf16.
     channels = min(pow2(c), 32)
-    width = min(pow2(w), 32 if k <= 3 else 16)
+    width = min(pow2(w), 32 if k <= 3 else 16 if dtype != torch.float64 else 8)
     # Each channel that a thread owns costs it k * k taps: at most 8 elements a thread for 3x3, 2 for the larger.
     per_thread = (8 if k <= 3 else 2) // (2 if dtype == torch.float64 else 1)
     warps = min(max(pow2(width * channels // (32 * per_thread)), 1), 8)
@@ -115,7 +115,9 @@ def gemm_tile(m: int, n: int, k: int, dtype: torch.dtype) -> GemmTile:
         return GemmTile(min(side_m, 32), min(side_n, 32), 16, 4, 2)
     if dtype == torch.float32:  # halves the tile: exact float32 products keep both operands in registers
         return GemmTile(min(side_m, 64), min(side_n, 64), min(max(pow2(k), 16), 32), 4, 3)
-    return GemmTile(side_m, side_n, min(max(pow2(k), 16), 64 if side_m * side_n < 16384 else 32), 4, 3)
+    big = side_m * side_n >= 16384
+    # 128 accumulators a thread would leave no registers for addresses: eight warps share the largest tile
+    return GemmTile(side_m, side_n, min(max(pow2(k), 16), 32 if big else 64), 8 if big else 4, 3)
 
 
 def weight_grad_chunk(m: int) -> int:
