@@ -35,7 +35,7 @@ def compare(shape, k, dtype, gelu, random, agree, with_bias=True):
     weight = random((shape[1], 1, k, k), dtype).contiguous()
     inputs = (x, weight, random((shape[1],), dtype)) if with_bias else (x, weight)
     results = run(x, weight, inputs[2] if with_bias else None, dy, gelu)
-    # A&S 7.1.26 is good to 7.5e-8 of z absolutely. Over many pixels that is below eager's own error, but at a single one
+    # A&S 7.1.26 is good to 7.5e-8 of z absolutely. Over many pixels that is below eager's own error, but at one
     # GELU(z) may be nearly zero, where it is many roundings.
     single = gelu and dtype == torch.float32 and shape[2] * shape[3] == 1
     slack = 3e-7 * float((x.abs() * weight.abs().amax()).sum()) if single else 0.0
