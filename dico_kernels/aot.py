@@ -56,12 +56,17 @@ class Usage:
 
 @dataclass(frozen=True)
 class Result:
-    """A compiled kernel, or why it did not compile. usage is None on targets that are only compiled for."""
+    """A compiled kernel, or why it did not compile.
+
+    usage is None on targets that are only compiled for; wide: every address is 64-bit; serial: ptxas made each wgmma
+    wait for the one before, which it does silently.
+    """
 
     label: str
     target: str
     usage: Usage | None = None
     wide: bool = False
+    serial: bool = False
     error: str = ""
 
 
@@ -200,15 +205,25 @@ def narrow_offsets(ttir: str) -> list[str]:
     return found
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """(registers, spilled bytes) a thread, from Triton's own cuobjdump."""
-    import triton
-
+def _dump(tool: Any, option: str, cubin: bytes) -> str:
+    """What one of the tools bundled with Triton says about a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return subprocess.run([tool.path, option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def serialised(sass: str) -> bool:
+    """Whether there is a wait for everything in flight for (at least) every wgmma instruction of machine code."""
+    matmuls = len(re.findall(r"\bHGMMA\b", sass))
+    return 0 < matmuls <= len(re.findall(r"WARPGROUP\.DEPBAR\S* gsb0, 0x0\b", sass))
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """(registers, spilled bytes) a thread."""
+    import triton
+
+    text = _dump(triton.knobs.nvidia.cuobjdump, "-res-usage", cubin)
     usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     return usage["REG"], max(usage["STACK"], usage["LOCAL"])
 
@@ -227,7 +242,10 @@ def _compile(job: tuple[str, str]) -> Result:
         if target.startswith("gfx"):
             return Result(label, target, None, wide)
         regs, spills = _resources(compiled.asm["cubin"])
-        return Result(label, target, Usage(regs, spills, compiled.metadata.shared), wide)
+        serial = "wgmma" in compiled.asm["ptx"] and serialised(
+            _dump(triton.knobs.nvidia.nvdisasm, "-c", compiled.asm["cubin"])
+        )
+        return Result(label, target, Usage(regs, spills, compiled.metadata.shared), wide, serial)
     except Exception as error:  # whatever the compiler raises is the finding
         return Result(label, target, error=f"{type(error).__name__}: {str(error).strip()[-2000:]}")
 
@@ -261,9 +279,12 @@ def _order(result: Result) -> tuple[str, int]:
 
 
 def _counted(results: Iterable[Result], total: int, progress: bool) -> Iterator[Result]:
+    terminal = sys.stderr.isatty()
     for done, result in enumerate(results, 1):
-        if progress:
-            print(f"\r{done}/{total} compiled", end="" if done < total else "\n", file=sys.stderr, flush=True)
+        # a log gets a line every tenth, a terminal one line that counts
+        if progress and (terminal or done % max(total // 10, 1) == 0 or done == total):
+            end = "\n" if done == total or not terminal else ""
+            print(f"{chr(13) if terminal else ''}{done}/{total} compiled", end=end, file=sys.stderr, flush=True)
         yield result
 
 
@@ -276,6 +297,8 @@ def problems(result: Result, budget: dict[str, dict[str, int]] | None) -> list[s
     if result.error:
         return [result.error]
     found = [] if result.wide else ["an address is computed in 32 bits"]
+    if result.serial:
+        found.append("each wgmma waits for the one before")
     if result.usage is None or budget is None:
         return found
     allowed = budget.get(_key(result))

@@ -110,3 +110,16 @@ def test_narrow_offsets(old, new, problem):
     found = aot.narrow_offsets(WIDE.replace(old, new))
     assert len(found) == bool(problem)
     assert all(problem in line for line in found)
+
+
+@pytest.mark.parametrize(
+    ("sass", "serial"),
+    [
+        ("", False),
+        ("WARPGROUP.DEPBAR.LE gsb0, 0x0 ;", False),
+        ("HGMMA.64x64x16.F32 R24 ;\nHGMMA.64x64x16.F32 R24, gsb0 ;\nWARPGROUP.DEPBAR.LE gsb0, 0x0 ;", False),
+        ("HGMMA.64x64x16.F32 R24, gsb0 ;\nWARPGROUP.DEPBAR.LE gsb0, 0x0 ;\n" * 2, True),
+    ],
+)
+def test_serialised_matrix_instructions(sass, serial):
+    assert aot.serialised(sass) is serial

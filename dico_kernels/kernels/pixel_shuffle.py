@@ -98,6 +98,8 @@ def _pixel_shuffle_skip_bwd_up_kernel(
     s01 = tl.zeros([BM, BN], ACC)
     s10 = tl.zeros([BM, BN], ACC)
     s11 = tl.zeros([BM, BN], ACC)
+    # an empty loop ruled out, ptxas keeps several wgmma in flight; else it waits for each (Hopper)
+    tl.assume(K > 0)
     for at in range(0, K, BK):
         left = k < K - at
         ok = mmask & left[None, :]
