@@ -78,9 +78,15 @@ class CMakeBuild(build_ext):
 setup(
     version=version(),
     license="Apache-2.0",
-    packages=["dico_kernels", "dico_kernels.ops", "dico_kernels.reference", "dico_kernels.benchmarks"],
+    packages=[
+        "dico_kernels",
+        "dico_kernels.kernels",
+        "dico_kernels.ops",
+        "dico_kernels.reference",
+        "dico_kernels.benchmarks",
+    ],
     package_dir={"dico_kernels.reference": "reference", "dico_kernels.benchmarks": "benchmarks"},
-    package_data={"dico_kernels": ["py.typed"]},
+    package_data={"dico_kernels": ["py.typed", "aot_budgets.json"]},
     ext_modules=[Extension("dico_kernels._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -11,6 +11,7 @@ from pathlib import Path
 _EXAMPLES = """examples:
   python -m dico_kernels info
   python -m dico_kernels info --json
+  python -m dico_kernels aot --targets sm_90                     compile the Triton kernels without a GPU
   pytest benchmarks/ --benchmark-only                            measure (in a clone)
   python -m dico_kernels bench report bench-results/*.json       the same tables again, as Markdown
   python -m dico_kernels bench report FILE... --out report/      Markdown and PNG plots into a folder
@@ -20,7 +21,10 @@ _EXAMPLES = """examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status (0, or 2 for arguments that cannot be used)."""
     parser = _parser()
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    if rest and getattr(args, "run", None) is not _aot:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.rest = rest
     if not hasattr(args, "run"):
         return _help(parser)
     return int(args.run(args))
@@ -39,6 +43,11 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--json", action="store_true", help="machine-readable")
     info.set_defaults(run=_info)
 
+    aot = commands.add_parser(
+        "aot", help="compile every Triton kernel for GPUs that need not be there, against a budget", add_help=False
+    )
+    aot.set_defaults(run=_aot)
+
     bench = commands.add_parser("bench", help="benchmark results", epilog=_EXAMPLES, formatter_class=raw)
     bench.set_defaults(run=lambda args: _help(bench))
     actions = bench.add_subparsers(title="actions", metavar="ACTION")
@@ -54,6 +63,13 @@ def _parser() -> argparse.ArgumentParser:
 def _help(parser: argparse.ArgumentParser) -> int:
     parser.print_help()
     return 2
+
+
+def _aot(args: argparse.Namespace) -> int:
+    """The gate has a parser of its own, since it may have to start itself again without Triton's interpreter."""
+    from dico_kernels import aot
+
+    return aot.main(args.rest)
 
 
 def _info(args: argparse.Namespace) -> int:

@@ -30,7 +30,7 @@ TOWER = [
     {"fuse", "explain"},
     {"models", "checkpoints", "sampling", "training"},
     {"__init__"},
-    {"benchmarks"},
+    {"benchmarks", "aot"},
     {"cli"},
     {"__main__"},
 ]

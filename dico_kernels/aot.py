@@ -1,0 +1,383 @@
+"""Ahead-of-time compile gate: every Triton kernel, for GPUs that need not be there, against a written budget.
+
+The launches are taken from the launchers themselves, run on meta tensors: what is compiled here is what a call with
+that shape would run. Registers, spills and shared memory are compared with aot_budgets.json, per Triton version; more
+than the budget is a failure, and so is an address computed in 32 bits (N * H * W * C exceeds 2^31).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from dico_kernels.kernels.common import Launch
+
+BUDGETS = Path(__file__).with_name("aot_budgets.json")
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+_EXAMPLES = """examples:
+  python -m dico_kernels aot                                    every kernel, every target
+  python -m dico_kernels aot --targets sm_90 --kernels depthwise
+  python -m dico_kernels aot --update                           write what was measured as the new budget
+"""
+_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel in one configuration; `label` names it in the table and in the budget."""
+
+    label: str
+    launch: Launch
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one compiled kernel takes: registers a thread, spilled bytes a thread, shared bytes a block."""
+
+    regs: int
+    spills: int
+    shared: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """A compiled kernel, or why it did not compile.
+
+    usage is None on targets that are only compiled for; wide: every address is 64-bit; serial: ptxas made each wgmma
+    wait for the one before, which it does silently.
+    """
+
+    label: str
+    target: str
+    usage: Usage | None = None
+    wide: bool = False
+    serial: bool = False
+    error: str = ""
+
+
+def _calls(dtype: torch.dtype, n: int, c: int, size: int) -> Iterator[partial[Any]]:
+    """A call of each launcher at width c on n images of size x size."""
+    from dico_kernels.kernels import adaln, channel, depthwise, pixel_shuffle
+
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def image(channels: int, side: int) -> torch.Tensor:
+        return torch.empty(n, channels, side, side, dtype=dtype, device="meta")
+
+    def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, v, vector = image(c, size), tensor(n, c), tensor(n, c, dtype=acc)
+    stat = tensor(n, size, size, dtype=acc)
+    yield partial(adaln.adaln_modulate, x, v, v, 1e-6)
+    yield partial(adaln.adaln_modulate_backward, x, x, v, stat, stat)
+    yield partial(adaln.gated_residual, x, x, v)
+    yield partial(adaln.gated_residual_backward, x, x, v)
+    yield partial(adaln.gated_residual_adaln, x, x, v, v, v, 1e-6)
+    yield partial(adaln.gated_residual_adaln_backward, x, x, x, x, v, v, stat, stat)
+    yield partial(channel.channel_sums, x)
+    yield partial(channel.channel_dots, x, x)
+    yield partial(channel.channel_affine, x, vector)
+    yield partial(channel.channel_affine, x, vector, vector, x, vector)
+    # the models use 3 and 7; the tiles of the others depend on the width no more than theirs do
+    for k in (1, 3, 5, 7, 9) if c == 416 else (3, 7):
+        taps, bias = tensor(c, 1, k, k), tensor(c)
+        for gelu in (False, True):
+            yield partial(depthwise.depthwise, x, taps, bias, gelu)
+            yield partial(depthwise.depthwise_backward, x, x, taps, bias, gelu)
+    up, skip, out = image(4 * c, size), image(c, 2 * size), image(c, 2 * size)
+    weight, bias = tensor(c, 2 * c, 1, 1), tensor(c)
+    yield partial(pixel_shuffle.pixel_shuffle_skip, up, skip, weight, bias)
+    yield partial(pixel_shuffle.pixel_shuffle_skip_backward, out, up, skip, weight)
+
+
+def _label(launch: Launch, dtype: torch.dtype) -> str:
+    constants = [
+        name if value is True else f"{name}={value}"
+        for name, value in launch.constants.items()
+        if name != "ACC" and value is not False
+    ]
+    name = launch.kernel.__name__.removeprefix("_").removesuffix("_kernel")
+    return " ".join([name, _TYPES[dtype], *constants, f"warps={launch.num_warps}"])
+
+
+@cache
+def kernels() -> dict[str, Kernel]:
+    """Every kernel to compile, by label: levels of DiCo and FCDM in bf16 and fp32, one in fp64, and a single pixel."""
+    from dico_kernels.kernels.common import record
+
+    found: dict[str, Kernel] = {}
+    levels = [(torch.bfloat16, 64, c, size) for c, size in ((128, 32), (416, 32), (832, 16))]
+    levels += [(torch.float32, 64, c, size) for c, size in ((128, 32), (416, 32), (832, 16))]
+    # One pixel of one channel: Triton turns arguments equal to 1 into constants, a code path of its own.
+    levels += [(torch.float64, 64, 416, 32), (torch.bfloat16, 1, 1, 1)]
+    precision = torch.get_float32_matmul_precision()
+    try:
+        for setting in ("highest", "high"):
+            torch.set_float32_matmul_precision(setting)
+            for dtype, n, c, size in levels:
+                for call in _calls(dtype, n, c, size):
+                    with record() as launches:
+                        call()
+                    for launch in launches:
+                        label = _label(launch, dtype)
+                        found.setdefault(label, Kernel(label, launch, dtype))
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    return found
+
+
+def _wanted(kernel: Kernel, target: str) -> bool:
+    # float64 is for checking, and AMD is a smoke test: one target and one type are enough for those.
+    if kernel.dtype == torch.float64:
+        return target == "sm_90"
+    return target != "gfx942" or kernel.dtype == torch.bfloat16
+
+
+def _source(launch: Launch) -> Any:
+    """The launch as Triton's own call would specialise it: 1 becomes a constant, multiples of 16 are marked."""
+    from triton.compiler import ASTSource
+
+    names = launch.kernel.arg_names
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for i, (name, value) in enumerate(zip(names, launch.args, strict=False)):
+        tensor = isinstance(value, torch.Tensor)
+        if not tensor and value in (None, 1):
+            signature[name], constants[(i,)] = "constexpr", value
+            continue
+        signature[name] = "*" + _TYPES[value.dtype] if tensor else "i32" if value < 2**31 else "i64"
+        if tensor or value % 16 == 0:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    for name, value in launch.constants.items():
+        signature[name], constants[(names.index(name),)] = "constexpr", value
+    return ASTSource(launch.kernel, signature, constants, attributes)
+
+
+def narrow_offsets(ttir: str) -> list[str]:
+    """The address computations of a kernel in Triton IR that are not 64-bit from the first multiplication on.
+
+    An offset has to be i64, and nothing that was widened to i64 on the way may come from a 32-bit product with a
+    run-time factor. Values cut down to 32 bits on purpose (positions within one image) are where the walk stops.
+    """
+    definition = {}
+    for line in ttir.splitlines():
+        if match := re.match(r"\s*(%[\w$.-]+)(?::\d+)? = ", line):
+            definition[match[1]] = line
+    found = []
+    for line in ttir.splitlines():
+        if not (match := re.search(r"= tt\.addptr (%\S+), (%\S+) : (.*)", line)):
+            continue
+        offset_type = re.sub(r"\s*loc\(.*", "", match[3])
+        if not re.search(r"[x ]i64>?$", offset_type):
+            found.append(line.strip())
+            continue
+        todo, seen = [match[2]], set()
+        while todo:
+            value = todo.pop().split("#")[0]
+            if value in seen or value not in definition:
+                continue
+            seen.add(value)
+            made = definition[value]
+            if "arith.trunci" in made or "= scf." in made:
+                continue
+            operands = re.findall(r"%[\w$.#-]+", made.split(" = ", 1)[1].split(" : ")[0])
+            product = re.search(r"= arith\.muli .* : (?:tensor<[\dx]*)?i32>?(?: |$)", made)
+            if product and not any("arith.constant" in definition.get(o, "") for o in operands):
+                found.append(made.strip())
+            todo += operands
+    return found
+
+
+def _dump(tool: Any, option: str, cubin: bytes) -> str:
+    """What one of the tools bundled with Triton says about a cubin."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool.path, option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def serialised(sass: str) -> bool:
+    """Whether there is a wait for everything in flight for (at least) every wgmma instruction of machine code."""
+    matmuls = len(re.findall(r"\bHGMMA\b", sass))
+    return 0 < matmuls <= len(re.findall(r"WARPGROUP\.DEPBAR\S* gsb0, 0x0\b", sass))
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """(registers, spilled bytes) a thread."""
+    import triton
+
+    text = _dump(triton.knobs.nvidia.cuobjdump, "-res-usage", cubin)
+    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return usage["REG"], max(usage["STACK"], usage["LOCAL"])
+
+
+def _compile(job: tuple[str, str]) -> Result:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    label, target = job
+    launch = kernels()[label].launch
+    gpu = GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target[3:]), 32)
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    try:
+        compiled = triton.compile(_source(launch), target=gpu, options=options)
+        wide = not narrow_offsets(compiled.asm["ttir"])
+        if target.startswith("gfx"):
+            return Result(label, target, None, wide)
+        regs, spills = _resources(compiled.asm["cubin"])
+        serial = "wgmma" in compiled.asm["ptx"] and serialised(
+            _dump(triton.knobs.nvidia.nvdisasm, "-c", compiled.asm["cubin"])
+        )
+        return Result(label, target, Usage(regs, spills, compiled.metadata.shared), wide, serial)
+    except Exception as error:  # whatever the compiler raises is the finding
+        return Result(label, target, error=f"{type(error).__name__}: {str(error).strip()[-2000:]}")
+
+
+def compile_all(
+    targets: Sequence[str] = TARGETS, substring: str = "", jobs: int = 2, progress: bool = False
+) -> list[Result]:
+    """Compile every kernel whose label contains `substring` for the targets; sorted by label, then target.
+
+    Needs a process without TRITON_INTERPRET. Raises ValueError for an unknown target or where no kernel matches.
+    """
+    if unknown := sorted(set(targets) - set(TARGETS)):
+        raise ValueError(f"unknown target {', '.join(unknown)}: expected some of {', '.join(TARGETS)}")
+    wanted = [
+        (label, target)
+        for label, kernel in kernels().items()
+        if substring in label
+        for target in targets
+        if _wanted(kernel, target)
+    ]
+    if not wanted:
+        names = sorted({label.split()[0] for label in kernels()})
+        raise ValueError(f"no kernel matches {substring!r}: the kernels are {', '.join(names)}")
+    # fork would copy torch's threads in whatever state they are
+    with multiprocessing.get_context("spawn").Pool(min(jobs, len(wanted))) as pool:
+        return sorted(_counted(pool.imap_unordered(_compile, wanted), len(wanted), progress), key=_order)
+
+
+def _order(result: Result) -> tuple[str, int]:
+    return result.label, TARGETS.index(result.target)
+
+
+def _counted(results: Iterable[Result], total: int, progress: bool) -> Iterator[Result]:
+    terminal = sys.stderr.isatty()
+    for done, result in enumerate(results, 1):
+        # a log gets a line every tenth, a terminal one line that counts
+        if progress and (terminal or done % max(total // 10, 1) == 0 or done == total):
+            end = "\n" if done == total or not terminal else ""
+            print(f"{chr(13) if terminal else ''}{done}/{total} compiled", end=end, file=sys.stderr, flush=True)
+        yield result
+
+
+def _key(result: Result) -> str:
+    return f"{result.label} @ {result.target}"
+
+
+def problems(result: Result, budget: dict[str, dict[str, int]] | None) -> list[str]:
+    """What is wrong with a result; budget maps keys to regs, spills and shared, None where a version has none."""
+    if result.error:
+        return [result.error]
+    found = [] if result.wide else ["an address is computed in 32 bits"]
+    if result.serial:
+        found.append("each wgmma waits for the one before")
+    if result.usage is None or budget is None:
+        return found
+    allowed = budget.get(_key(result))
+    if allowed is None:
+        return [*found, "not in the budget (--update writes it)"]
+    for name, value in vars(result.usage).items():
+        if value > allowed[name]:
+            found.append(f"{name} {value}, budget {allowed[name]}")
+    return found
+
+
+def table(results: Sequence[Result], budget: dict[str, dict[str, int]] | None) -> str:
+    """The results as aligned text, one line a kernel and target."""
+    lines = [("kernel", "target", "regs", "spills", "shared KiB", "64-bit", "budget", "ok")]
+    for result in results:
+        usage, allowed = result.usage, (budget or {}).get(_key(result))
+        numbers = (str(usage.regs), str(usage.spills), f"{usage.shared / 1024:.1f}") if usage else ("-", "-", "-")
+        limit = f"{allowed['regs']}/{allowed['spills']}/{allowed['shared'] / 1024:.1f}" if allowed else "-"
+        verdict = "FAIL" if problems(result, budget) else "ok"
+        lines.append((result.label, result.target, *numbers, "yes" if result.wide else "NO", limit, verdict))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def _write(path: Path, version: str, results: Sequence[Result], everything: bool) -> None:
+    budgets = json.loads(path.read_text()) if path.exists() else {}
+    measured = {_key(result): vars(result.usage) for result in results if result.usage}
+    # A partial run may only add or change; a full one also drops what no longer exists.
+    merged = measured if everything else {**budgets.get(version, {}), **measured}
+    budgets[version] = dict(sorted(merged.items()))
+    path.write_text(json.dumps(budgets, indent=1) + "\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; 0 when everything compiles within budget, 1 when not, 2 for arguments that cannot be used."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(
+        prog="python -m dico_kernels aot",
+        description="Compile every Triton kernel ahead of time, without a GPU, and compare with the written budget.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--targets", nargs="+", default=list(TARGETS), metavar="TARGET", help=f"some of {' '.join(TARGETS)}")
+    add("--kernels", default="", metavar="SUBSTRING", help="only kernels whose label contains this")
+    add("--jobs", type=int, default=2, metavar="N", help="compile processes (default: 2)")
+    add("--budgets", type=Path, default=BUDGETS, metavar="FILE", help="default: the package's own")
+    add("--update", action="store_true", help="write the measured figures as the budget of this Triton version")
+    args = parser.parse_args(argv)
+
+    if os.environ.get("TRITON_INTERPRET"):
+        # Decorated under the interpreter, a kernel cannot be compiled, and it is decorated once a process.
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        return subprocess.run(
+            [sys.executable, "-m", "dico_kernels.aot", *argv], env=environment, check=False
+        ).returncode
+
+    import triton
+
+    try:
+        results = compile_all(args.targets, args.kernels, args.jobs, progress=True)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if args.update:
+        _write(args.budgets, triton.__version__, results, not args.kernels and set(args.targets) == set(TARGETS))
+    budgets = json.loads(args.budgets.read_text()) if args.budgets.exists() else {}
+    budget = budgets.get(triton.__version__)
+    print(table(results, budget))
+    if budget is None:
+        known = ", ".join(sorted(budgets)) or "none"
+        print(f"no budget for Triton {triton.__version__} (there is: {known}): figures not compared")
+    failed = 0
+    for result in results:
+        for problem in problems(result, budget):
+            failed = 1
+            print(f"FAIL {_key(result)}: {problem}")
+    return failed
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

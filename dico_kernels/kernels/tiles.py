@@ -1,0 +1,125 @@
+"""Tile shapes and warps by rule, from shapes and types alone: no timing at first call, the same result every run.
+
+A thread should hold some 8 to 16 elements of each tensor: enough loads in flight to cover memory latency, few enough
+to stay out of spills. Partitions depend on the shape of one sample only, never on the batch, so a sample's sums have
+the same bits in any batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+def pow2(n: int) -> int:
+    """The next power of two, n itself included."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+@dataclass(frozen=True)
+class RowTile:
+    """`rows` whole rows of C at a time (`cols` >= C), `span` rows of one sample a program."""
+
+    rows: int
+    cols: int
+    span: int
+    warps: int
+
+
+@dataclass(frozen=True)
+class BandTile:
+    """`rows` rows by `cols` channels at a time, `span` rows of one sample a program."""
+
+    rows: int
+    cols: int
+    span: int
+    warps: int
+
+
+@dataclass(frozen=True)
+class DepthwiseTile:
+    """A program streams `height` image rows, `width` pixels by `channels` at a time."""
+
+    height: int
+    width: int
+    channels: int
+    warps: int
+
+
+@dataclass(frozen=True)
+class GemmTile:
+    """An m x n tile of the result, k elements of the sum at a time."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+def _span(hw: int) -> int:
+    # 16 programs a sample keep a GPU busy from small batches on; 64 rows make the partial sums 2-4% of the traffic.
+    return min(max(pow2(hw // 16), 8), 64)
+
+
+def row_tile(c: int, hw: int, tensors: int) -> RowTile:
+    """Rows for LayerNorm: a row has to be in one program; `tensors` is how many tiles are live at once."""
+    cols = pow2(c)
+    # Four tiles of 2048 elements and 4 warps are 64 registers a thread; more tensors take fewer rows.
+    elements = 2048 if tensors <= 2 else 1024
+    rows = min(max(elements // cols, 1), 16, pow2(hw))
+    per_thread = 16 if tensors <= 2 else 8
+    warps = min(max(pow2(rows * cols // (32 * per_thread)), 1), 16)
+    return RowTile(rows, cols, max(_span(hw), rows), warps)
+
+
+def band_tile(c: int, hw: int) -> BandTile:
+    """Rows by channels for sums over pixels and for elementwise work: no row has to be whole."""
+    # 64 channels of bf16 are a full 128-byte line; no more than C needs when C is small.
+    cols = min(pow2(c), 64)
+    rows = min(max(2048 // cols, 1), 64, pow2(hw))
+    return BandTile(rows, cols, max(_span(hw), rows), 4 if rows * cols >= 1024 else 1)
+
+
+# Rows that one program streams, fewer where the image ends: 3x3 then reads 6% of its rows twice, and images of 32 rows
+# and fewer, most of a latent model's, none.
+_STREAM = 32
+
+
+def depthwise_tile(k: int, c: int, w: int, dtype: torch.dtype) -> DepthwiseTile:
+    """The forward pass: k accumulators and k * k taps live in registers."""
+    # 32 divides DiCo's 416 and 352 and is a 64-byte run of bf16.
+    channels = min(pow2(c), 32)
+    width = min(pow2(w), 32 if k <= 3 else 16 if dtype != torch.float64 else 8)
+    # Each channel that a thread owns costs it k * k taps: at most 8 elements a thread for 3x3, 2 for the larger.
+    per_thread = (8 if k <= 3 else 2) // (2 if dtype == torch.float64 else 1)
+    warps = min(max(pow2(width * channels // (32 * per_thread)), 1), 8)
+    return DepthwiseTile(_STREAM, width, channels, warps)
+
+
+def depthwise_backward_tile(k: int, c: int, w: int, dtype: torch.dtype) -> DepthwiseTile:
+    """Weight gradient: k * k accumulators (k <= 3, with dx in the same pass), or k a program."""
+    channels = min(pow2(c), 32)
+    width = min(pow2(w), 16)
+    # 18 tiles are live for k = 3: 4 elements a thread make that 72 registers.
+    per_thread = 2 if dtype == torch.float64 else 4
+    warps = min(max(pow2(width * channels // (32 * per_thread)), 1), 8)
+    return DepthwiseTile(_STREAM, width, channels, warps)
+
+
+def gemm_tile(m: int, n: int, k: int, dtype: torch.dtype) -> GemmTile:
+    """A matrix product of m x k and k x n; each side at least 16, which tl.dot needs."""
+    side_m, side_n = min(max(pow2(m), 16), 128), min(max(pow2(n), 16), 128)
+    if dtype == torch.float64:  # twice the registers of float32, and no tensor cores worth feeding
+        return GemmTile(min(side_m, 32), min(side_n, 32), 16, 4, 2)
+    if dtype == torch.float32:  # halves the tile: exact float32 products keep both operands in registers
+        return GemmTile(min(side_m, 64), min(side_n, 64), min(max(pow2(k), 16), 32), 4, 3)
+    big = side_m * side_n >= 16384
+    # 128 accumulators a thread would leave no registers for addresses: eight warps share the largest tile
+    return GemmTile(side_m, side_n, min(max(pow2(k), 16), 32 if big else 64), 8 if big else 4, 3)
+
+
+def weight_grad_chunk(m: int) -> int:
+    """Rows of the long sum that one program of a weight gradient adds up: at most 64 partial results."""
+    return max(pow2(-(-m // 64)), 1024)

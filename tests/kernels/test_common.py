@@ -1,0 +1,116 @@
+"""The helpers that every kernel uses: rounding, GELU, 64-bit offsets, launches and tiles."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from dico_kernels.kernels import common, tiles
+
+
+@triton.jit
+def _round_kernel(x, stored, values, N, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    v = common.load(x + i, i < N, tl.float32)
+    common.store(stored + i, v, i < N)
+    common.store(values + i, common.rounded(v, stored.dtype.element_ty), i < N)
+
+
+@triton.jit
+def _load_kernel(x, y, N, ACC: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    common.store(y + i, common.load(x + i, i < N, ACC), i < N)
+
+
+@triton.jit
+def _gelu_kernel(x, y, dy, N, ACC: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    v = common.load(x + i, i < N, ACC)
+    common.store(y + i, common.gelu(v), i < N)
+    common.store(dy + i, common.gelu_grad(v), i < N)
+
+
+@triton.jit
+def _offset_kernel(row, out, C, K):
+    r = tl.load(row + tl.arange(0, 4))
+    tl.store(out + tl.arange(0, 4), common.row_offset(r, C))
+    tl.store(out + 4 + tl.arange(0, 1), common.wide(C) * K + tl.zeros([1], tl.int64))
+
+
+def boundaries() -> torch.Tensor:
+    """float32 around every bfloat16: the value itself, its halfway point, and one bit on either side of both."""
+    upper = torch.arange(65536, dtype=torch.int64)[:, None] << 16
+    lower = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=torch.int64)
+    bits = (upper | lower).flatten()
+    return torch.where(bits >= 2**31, bits - 2**32, bits).to(torch.int32).view(torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rounding_is_torchs(dtype, device):
+    x = boundaries().to(device)
+    stored, values = torch.empty_like(x, dtype=dtype), torch.empty_like(x)
+    block = 1 << 16
+    _round_kernel[(common.cdiv(x.numel(), block),)](x, stored, values, x.numel(), BLOCK=block)
+    expected = x.to(dtype)
+    assert torch.equal(stored.isnan(), x.isnan())
+    kept = ~x.isnan()
+    assert torch.equal(stored[kept], expected[kept])
+    assert torch.equal(stored[kept].signbit(), expected[kept].signbit())
+    assert torch.equal(values[kept], expected[kept].float())
+
+
+def test_every_bfloat16_loads_exactly(device):
+    x = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).to(device)
+    y = torch.empty_like(x, dtype=torch.float32)
+    _load_kernel[(1,)](x, y, x.numel(), ACC=tl.float32, BLOCK=65536)
+    assert torch.equal(y.nan_to_num(12345.0), x.float().nan_to_num(12345.0))
+    assert torch.equal(y.isnan(), x.isnan())
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 3e-7), (torch.float64, 1e-15)], ids=str)
+def test_gelu_and_its_derivative(dtype, bound, device):
+    x = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([0.0, -0.0, 60.0, -60.0])]).to(dtype).to(device)
+    y, dy = torch.empty_like(x), torch.empty_like(x)
+    acc = common.acc_triton(dtype)
+    _gelu_kernel[(1,)](x, y, dy, x.numel(), ACC=acc, BLOCK=8192)
+    leaf = x.double().cpu().requires_grad_()
+    expected = torch.nn.functional.gelu(leaf)
+    (gradient,) = torch.autograd.grad(expected.sum(), leaf)
+    assert (y.cpu() - expected.detach()).abs().max() <= bound * max(1, float(x.abs().max()) / 16)
+    assert (dy.cpu() - gradient).abs().max() <= bound
+
+
+def test_offsets_exceed_32_bits(device):
+    row = torch.tensor([0, 1, 2**21, 2**31 - 1], dtype=torch.int32, device=device)
+    out = torch.zeros(5, dtype=torch.int64, device=device)
+    _offset_kernel[(1,)](row, out, 4096, 2**20)
+    assert out.tolist() == [0, 4096, 2**33, (2**31 - 1) * 4096, 2**32]
+
+
+def test_a_width_of_one_is_widened_too(device):
+    """Triton makes an argument of 1 a constant, which has no .to()."""
+    out = torch.zeros(5, dtype=torch.int64, device=device)
+    _offset_kernel[(1,)](torch.arange(4, dtype=torch.int32, device=device), out, 1, 3)
+    assert out.tolist() == [0, 1, 2, 3, 3]
+
+
+def test_recording_launches_nothing():
+    from dico_kernels.kernels.channel import channel_sums
+
+    with common.record() as launches:
+        out = channel_sums(torch.ones(2, 3, 4, 4).contiguous(memory_format=torch.channels_last))
+    assert [launch.kernel.__name__ for launch in launches] == ["_channel_sums_fwd_kernel"]
+    assert out.isnan().all()
+
+
+@pytest.mark.parametrize("c", [1, 3, 128, 416, 1664, 5000])
+@pytest.mark.parametrize("hw", [1, 7, 64, 1024])
+def test_tiles_cover_and_are_powers_of_two(c, hw):
+    for tile in (tiles.row_tile(c, hw, tensors=2), tiles.row_tile(c, hw, tensors=6), tiles.band_tile(c, hw)):
+        for size in (tile.rows, tile.cols, tile.span, tile.warps):
+            assert size == tiles.pow2(size) >= 1
+        assert tile.span % tile.rows == 0
+        assert tile.warps <= 16
+    assert tiles.row_tile(c, hw, tensors=2).cols >= c

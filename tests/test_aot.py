@@ -1,0 +1,125 @@
+"""The ahead-of-time gate: one kernel for one target in a process of its own, and what makes it fail."""
+
+from __future__ import annotations
+
+import importlib
+import json
+
+import pytest
+from support import ROOT, run_python
+
+from dico_kernels import aot
+
+triton = pytest.importorskip("triton")
+KERNEL = "gated_residual_fwd bf16 ROWS=32"
+
+
+def gate(*args, interpret="1"):
+    # set or not, the gate has to compile: the suite itself runs with it set
+    return run_python("-m", "dico_kernels.aot", "--targets", "sm_90", "--jobs", "1", *args, cwd=ROOT,
+                      TRITON_INTERPRET=interpret)  # fmt: skip
+
+
+@pytest.mark.parametrize("interpret", ["", "1"])
+def test_one_kernel_compiles_within_its_budget(interpret):
+    done = gate("--kernels", KERNEL, interpret=interpret)
+    assert done.returncode == 0, done.stdout + done.stderr
+    header, row, *_ = done.stdout.splitlines()
+    assert header.split() == ["kernel", "target", "regs", "spills", "shared", "KiB", "64-bit", "budget", "ok"]
+    assert row.startswith(KERNEL)
+    assert row.split()[-1] == "ok"
+    assert "1/1 compiled" in done.stderr
+
+
+def test_more_than_the_budget_fails_and_update_repairs(tmp_path):
+    budgets = tmp_path / "budgets.json"
+    arguments = ("--kernels", KERNEL, "--budgets", str(budgets))
+    assert gate(*arguments, "--update").returncode == 0
+    written = json.loads(budgets.read_text())
+    ((key, usage),) = written[triton.__version__].items()
+    assert key == f"{KERNEL} COLS=64 warps=4 @ sm_90"
+
+    usage["regs"] -= 1
+    budgets.write_text(json.dumps(written))
+    done = gate(*arguments)
+    assert done.returncode == 1
+    assert f"FAIL {key}: regs {usage['regs'] + 1}, budget {usage['regs']}" in done.stdout
+
+    budgets.write_text(json.dumps({triton.__version__: {}}))
+    done = gate(*arguments)
+    assert done.returncode == 1
+    assert "not in the budget" in done.stdout
+
+
+def test_unknown_names_are_answered_with_the_known_ones():
+    done = gate("--kernels", "flash_attention")
+    assert done.returncode == 2
+    assert "no kernel matches 'flash_attention': the kernels are adaln_bwd, adaln_fwd" in done.stderr
+    with pytest.raises(ValueError, match="unknown target sm_89: expected some of sm_80"):
+        aot.compile_all(["sm_89"])
+
+
+def test_every_kernel_is_compiled():
+    written = set()
+    for name in ("adaln", "channel", "depthwise", "pixel_shuffle"):
+        module = importlib.import_module(f"dico_kernels.kernels.{name}")
+        written |= {name for name in vars(module) if name.endswith("_kernel")}
+    assert {kernel.launch.kernel.__name__ for kernel in aot.kernels().values()} == written
+
+
+def test_the_installed_budget_is_complete():
+    for version, budget in json.loads(aot.BUDGETS.read_text()).items():
+        expected = {
+            f"{label} @ {target}"
+            for label, kernel in aot.kernels().items()
+            for target in aot.TARGETS
+            if aot._wanted(kernel, target) and target.startswith("sm_")
+        }
+        assert set(budget) == expected, version
+
+
+WIDE = """
+    %pid = tt.get_program_id x : i32 loc(#loc1)
+    %row = arith.extsi %pid : i32 to i64 loc(#loc2)
+    %offset = arith.muli %row, %stride : i64 loc(#loc3)
+    %p = tt.addptr %x, %offset : !tt.ptr<bf16>, i64 loc(#loc4)
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ("", "", ""),
+        ("%offset : !tt.ptr<bf16>, i64", "%pid : !tt.ptr<bf16>, i32", "tt.addptr"),
+        ("%offset : !tt.ptr<bf16>, i64", "%o : tensor<4x8x!tt.ptr<bf16>>, tensor<4x8xi32>", "tt.addptr"),
+        ("%offset : !tt.ptr<bf16>, i64", "%offset : tensor<4x8x!tt.ptr<bf16>>, tensor<4x8xi64>", ""),
+        ("arith.extsi %pid", "arith.extsi %m", ""),
+        (
+            "%row = arith.extsi %pid",
+            "%m = arith.muli %pid, %stride : i32 loc(#loc5)\n    %row = arith.extsi %m",
+            "muli",
+        ),
+        (
+            "%row = arith.extsi %pid",
+            "%c = arith.constant 4 : i32\n    %m = arith.muli %pid, %c : i32\n    %row = arith.extsi %m",
+            "",
+        ),
+    ],
+)
+def test_narrow_offsets(old, new, problem):
+    found = aot.narrow_offsets(WIDE.replace(old, new))
+    assert len(found) == bool(problem)
+    assert all(problem in line for line in found)
+
+
+@pytest.mark.parametrize(
+    ("sass", "serial"),
+    [
+        ("", False),
+        ("WARPGROUP.DEPBAR.LE gsb0, 0x0 ;", False),
+        ("HGMMA.64x64x16.F32 R24 ;\nHGMMA.64x64x16.F32 R24, gsb0 ;\nWARPGROUP.DEPBAR.LE gsb0, 0x0 ;", False),
+        ("HGMMA.64x64x16.F32 R24, gsb0 ;\nWARPGROUP.DEPBAR.LE gsb0, 0x0 ;\n" * 2, True),
+    ],
+)
+def test_serialised_matrix_instructions(sass, serial):
+    assert aot.serialised(sass) is serial
