@@ -123,10 +123,13 @@ def test_works_without_the_extension(package_copy):
         "from dico_kernels import info, native\n"
         "dk.create_model('DiCo-S')\n"
         "print(info.render(dk.build_info()))\n"
-        "native.adaln_modulate(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1), torch.zeros(1, 1))"
+        "x, v = torch.zeros(1, 1, 1, 1), torch.zeros(1, 1)\n"
+        "print(dk.ops.adaln_modulate(x, v, v).item(), dk.explain(dk.ops.adaln_modulate, x, v, v)[0].choice.backend)\n"
+        "native.adaln_modulate(x, v, v, 1e-6)"
     )
     done = run_copy(package_copy, code)
     assert "native kernels: CPU and CUDA kernels cannot run: dico_kernels._C cannot be imported" in done.stdout
+    assert "0.0 reference" in done.stdout
     assert done.returncode == 1
     assert "ImportError: dico_kernels._C cannot be imported" in done.stderr
     assert "pip install -e ." in done.stderr
@@ -134,8 +137,15 @@ def test_works_without_the_extension(package_copy):
 
 def test_works_without_triton(package_copy):
     (package_copy.parent / "triton.py").write_text("raise ImportError('no triton here')")
-    code = "import dico_kernels as dk\nprint(dk.create_model('DiT-S/2').label_count)"
-    assert run_copy(package_copy, code).stdout.strip() == "1001"
+    code = (
+        "import torch, dico_kernels as dk; x, v = torch.zeros(1, 1, 1, 1), torch.zeros(1, 1)\n"
+        "print(dk.explain(dk.ops.adaln_modulate, x, v, v)[0].choice.backend)\n"
+        "with dk.backend('triton', strict=True): dk.ops.adaln_modulate(x, v, v)"
+    )
+    done = run_copy(package_copy, code)
+    assert done.stdout.strip() == "native"
+    assert "BackendError" in done.stderr
+    assert "Triton cannot be imported (no triton here)" in done.stderr
 
 
 def test_what_is_missing_is_named_with_its_cost():
