@@ -4,7 +4,6 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
-#include <memory>
 #include <stdexcept>
 
 #include "dico/cpu.h"
@@ -19,17 +18,52 @@ namespace py = pybind11;
 
 namespace {
 
-using Address = uintptr_t;
-
-void* at(Address address) { return reinterpret_cast<void*>(address); }
-
-int64_t element_size(int dtype) { return dtype == static_cast<int>(dico::Dtype::float64) ? 8 : 4; }
-
-// Partial sums of the accumulation type; not initialised.
-struct Workspace {
-    explicit Workspace(int64_t bytes) : memory(new char[static_cast<size_t>(bytes)]) {}
-    std::unique_ptr<char[]> memory;
+// How a member of an argument struct comes from Python: pointers as integers.
+template <class Member>
+struct Wire;
+template <class Owner>
+struct Wire<int64_t Owner::*> {
+    using type = int64_t;
 };
+template <class Owner>
+struct Wire<double Owner::*> {
+    using type = double;
+};
+template <class Owner>
+struct Wire<void* Owner::*> {
+    using type = uintptr_t;
+};
+template <class Owner>
+struct Wire<const void* Owner::*> {
+    using type = uintptr_t;
+};
+
+template <class Value>
+void assign(Value& member, Value value) {
+    member = value;
+}
+void assign(void*& member, uintptr_t value) { member = reinterpret_cast<void*>(value); }
+void assign(const void*& member, uintptr_t value) { member = reinterpret_cast<const void*>(value); }
+
+// A kernel as a function of dtype, number of threads, and the named members in that order.
+template <class Args, class... Members>
+void bind(py::module_& m, const char* name, dico::cpu::Kernel<Args> dico::cpu::Kernels::* kernel,
+          Members... members) {
+    m.def(name, [=](int dtype, int threads, typename Wire<Members>::type... values) {
+        py::gil_scoped_release nogil;
+        Args args{};
+        (assign(args.*members, values), ...);
+        (dico::cpu::kernels().*kernel)(static_cast<dico::Dtype>(dtype), args, threads);
+    });
+}
+
+// Images are (images, rows, channels) and divided into blocks of rows.
+template <class Args, class... Members>
+void bind_rows(py::module_& m, const char* name, dico::cpu::Kernel<Args> dico::cpu::Kernels::* kernel,
+               Members... members) {
+    using I = dico::Image;
+    bind(m, name, kernel, &I::images, &I::rows, &I::channels, &I::block_rows, members...);
+}
 
 #ifdef DICO_WITH_CUDA
 void raise_if(const char* error, const char* op) {
@@ -72,103 +106,66 @@ PYBIND11_MODULE(_C, m) {
     m.def("selected_isa", [] { return std::string(dico::cpu::kernels().isa); });
     m.def("select_isa", &dico::cpu::select_isa);
 
-    using dico::Dtype;
-    using dico::cpu::kernels;
+    using dico::cpu::Kernels;
+    using A = dico::AdalnArgs;
+    bind_rows(m, "adaln_modulate", &Kernels::adaln_modulate, &A::x, &A::shift, &A::scale, &A::y, &A::mean, &A::rstd,
+              &A::shift_stride, &A::scale_stride, &A::eps);
+    using AB = dico::AdalnBackwardArgs;
+    bind_rows(m, "adaln_modulate_backward", &Kernels::adaln_modulate_backward, &AB::dh, &AB::x, &AB::scale,
+              &AB::mean, &AB::rstd, &AB::dx, &AB::dshift, &AB::dscale, &AB::partial, &AB::scale_stride);
+    using G = dico::GatedArgs;
+    bind_rows(m, "gated_residual", &Kernels::gated_residual, &G::x, &G::branch, &G::gate, &G::y, &G::gate_stride);
+    using GB = dico::GatedBackwardArgs;
+    bind_rows(m, "gated_residual_backward", &Kernels::gated_residual_backward, &GB::dy, &GB::branch, &GB::gate,
+              &GB::dbranch, &GB::dgate, &GB::partial, &GB::gate_stride);
+    using GA = dico::GatedAdalnArgs;
+    bind_rows(m, "gated_residual_adaln", &Kernels::gated_residual_adaln, &GA::x, &GA::branch, &GA::gate, &GA::shift,
+              &GA::scale, &GA::y, &GA::h, &GA::mean, &GA::rstd, &GA::gate_stride, &GA::shift_stride,
+              &GA::scale_stride, &GA::eps);
+    bind_rows(m, "gated_residual_adaln_backward", &Kernels::gated_residual_adaln_backward, &AB::dy, &AB::dh, &AB::x,
+              &AB::branch, &AB::gate, &AB::scale, &AB::mean, &AB::rstd, &AB::dx, &AB::dbranch, &AB::dgate,
+              &AB::dshift, &AB::dscale, &AB::partial, &AB::gate_stride, &AB::scale_stride);
 
-    m.def("adaln_forward",
-          [](int dtype, int64_t images, int64_t rows, int64_t channels, Address x, Address branch, Address gate,
-             int64_t gate_stride, Address shift, int64_t shift_stride, Address scale, int64_t scale_stride,
-             double eps, Address y, Address h, Address mean, Address rstd, int threads) {
-              py::gil_scoped_release nogil;
-              dico::AdalnArgs a{};
-              a.images = images, a.rows = rows, a.channels = channels;
-              a.x = at(x), a.branch = at(branch), a.gate = at(gate), a.shift = at(shift), a.scale = at(scale);
-              a.gate_stride = gate_stride, a.shift_stride = shift_stride, a.scale_stride = scale_stride;
-              a.eps = eps, a.y = at(y), a.h = at(h), a.mean = at(mean), a.rstd = at(rstd);
-              kernels().adaln_forward(static_cast<Dtype>(dtype), a, threads);
+    using C = dico::ChannelSumArgs;
+    bind_rows(m, "channel_sums", &Kernels::channel_sums, &C::a, &C::out, &C::partial);
+    bind_rows(m, "channel_dots", &Kernels::channel_dots, &C::a, &C::b, &C::out, &C::partial);
+    using CA = dico::ChannelAffineArgs;
+    bind_rows(m, "channel_affine", &Kernels::channel_affine, &CA::x, &CA::s, &CA::shift, &CA::z, &CA::r, &CA::y,
+              &CA::s_stride, &CA::shift_stride, &CA::r_stride);
+
+    m.def("depthwise_scratch",
+          [](int dtype, int threads, int64_t channels, int64_t width, int64_t k, bool backward) {
+              return dico::cpu::kernels().depthwise_scratch(static_cast<dico::Dtype>(dtype), channels, width, k,
+                                                            backward, threads);
           });
+    using D = dico::DepthwiseArgs;
+    bind(m, "depthwise", &Kernels::depthwise, &D::x, &D::weight, &D::bias, &D::y, &D::scratch, &D::images,
+         &D::height, &D::width, &D::channels, &D::k, &D::gelu, &D::block_height);
+    using DB = dico::DepthwiseBackwardArgs;
+    bind(m, "depthwise_backward", &Kernels::depthwise_backward, &DB::dy, &DB::x, &DB::weight, &DB::bias, &DB::dx,
+         &DB::dweight, &DB::dbias, &DB::partial, &DB::scratch, &DB::images, &DB::height, &DB::width, &DB::channels,
+         &DB::k, &DB::gelu, &DB::block_height, &DB::partitions);
 
-    m.def("adaln_backward", [](int dtype, int64_t images, int64_t rows, int64_t channels, Address dy, Address dh,
-                               Address x, Address branch, Address gate, int64_t gate_stride, Address scale,
-                               int64_t scale_stride, Address mean, Address rstd, Address dx, Address dbranch,
-                               Address sums, int threads) {
-        py::gil_scoped_release nogil;
-        dico::AdalnArgs a{};
-        a.images = images, a.rows = rows, a.channels = channels;
-        a.dy = at(dy), a.dh = at(dh), a.x = at(x), a.branch = at(branch), a.gate = at(gate), a.scale = at(scale);
-        a.gate_stride = gate_stride, a.scale_stride = scale_stride;
-        a.mean = at(mean), a.rstd = at(rstd), a.y = at(dx), a.h = at(dbranch), a.sums = at(sums);
-        const Workspace space(images * dico::row_blocks(rows) * dico::kSums * channels * element_size(dtype));
-        a.workspace = space.memory.get();
-        kernels().adaln_backward(static_cast<Dtype>(dtype), a, threads);
-    });
-
-    m.def("channel_sums", [](int dtype, int64_t images, int64_t rows, int64_t channels, Address x, Address z,
-                             Address y, int threads) {
-        py::gil_scoped_release nogil;
-        dico::ChannelArgs a{};
-        a.images = images, a.rows = rows, a.channels = channels, a.x = at(x), a.z = at(z), a.y = at(y);
-        const Workspace space(images * dico::row_blocks(rows) * channels * element_size(dtype));
-        a.workspace = space.memory.get();
-        kernels().channel_sums(static_cast<Dtype>(dtype), a, threads);
-    });
-
-    m.def("channel_affine",
-          [](int dtype, int64_t images, int64_t rows, int64_t channels, Address x, Address s, int64_t s_stride,
-             Address shift, int64_t shift_stride, Address z, Address r, int64_t r_stride, Address y, int threads) {
-              py::gil_scoped_release nogil;
-              dico::ChannelArgs a{};
-              a.images = images, a.rows = rows, a.channels = channels;
-              a.x = at(x), a.z = at(z), a.s = at(s), a.r = at(r), a.shift = at(shift), a.y = at(y);
-              a.s_stride = s_stride, a.r_stride = r_stride, a.shift_stride = shift_stride;
-              kernels().channel_affine(static_cast<Dtype>(dtype), a, threads);
-          });
-
-    m.def("depthwise_forward", [](int dtype, int64_t images, int64_t height, int64_t width, int64_t channels, int k,
-                                  bool gelu, Address x, Address weight, Address bias, Address y, int threads) {
-        py::gil_scoped_release nogil;
-        dico::DepthwiseArgs a{};
-        a.images = images, a.height = height, a.width = width, a.channels = channels, a.k = k, a.gelu = gelu;
-        a.x = at(x), a.weight = at(weight), a.bias = at(bias), a.y = at(y);
-        kernels().depthwise_forward(static_cast<Dtype>(dtype), a, threads);
-    });
-
-    m.def("depthwise_backward", [](int dtype, int64_t images, int64_t height, int64_t width, int64_t channels,
-                                   int k, bool gelu, Address dy, Address x, Address weight, Address bias,
-                                   Address dx, Address dweight, Address dbias, int threads) {
-        py::gil_scoped_release nogil;
-        dico::DepthwiseArgs a{};
-        a.images = images, a.height = height, a.width = width, a.channels = channels, a.k = k, a.gelu = gelu;
-        a.dy = at(dy), a.x = at(x), a.weight = at(weight), a.bias = at(bias);
-        a.y = at(dx), a.dweight = at(dweight), a.dbias = at(dbias);
-        const Workspace space(kernels().depthwise_workspace(static_cast<Dtype>(dtype), a));
-        a.workspace = space.memory.get();
-        kernels().depthwise_backward(static_cast<Dtype>(dtype), a, threads);
-    });
-
-    m.def("shuffle", [](bool gather, int dtype, int64_t height, int64_t width, int64_t shuffled, int64_t skipped,
-                        int64_t first, int64_t count, Address up, Address skip, Address joined, int threads) {
-        py::gil_scoped_release nogil;
-        dico::ShuffleArgs a{};
-        a.height = height, a.width = width, a.shuffled = shuffled, a.skipped = skipped;
-        a.first = first, a.count = count, a.joined = at(joined);
-        a.up = a.dup = at(up), a.skip = a.dskip = at(skip);
-        const dico::cpu::Kernels& k = kernels();
-        (gather ? k.shuffle_gather : k.shuffle_scatter)(static_cast<Dtype>(dtype), a, threads);
-    });
+    using P = dico::PixelShuffleArgs;
+    bind(m, "shuffle_gather", &Kernels::shuffle_gather, &P::up, &P::skip, &P::cat, &P::rows, &P::width,
+         &P::channels, &P::skip_channels);
+    bind(m, "shuffle_scatter", &Kernels::shuffle_scatter, &P::up, &P::skip, &P::cat, &P::rows, &P::width,
+         &P::channels, &P::skip_channels);
 
 #ifdef DICO_WITH_CUDA
-    m.def("adaln_modulate_cuda", [](int dtype, int64_t images, int64_t rows, int64_t channels, Address x,
-                                    Address shift, int64_t shift_stride, Address scale, int64_t scale_stride,
-                                    double eps, Address h, Address mean, Address rstd, int device, Address stream) {
-        py::gil_scoped_release nogil;
-        dico::AdalnArgs a{};
-        a.images = images, a.rows = rows, a.channels = channels, a.x = at(x), a.shift = at(shift),
-        a.scale = at(scale);
-        a.shift_stride = shift_stride, a.scale_stride = scale_stride;
-        a.eps = eps, a.h = at(h), a.mean = at(mean), a.rstd = at(rstd);
-        const char* error = dico::cuda::adaln_modulate(static_cast<Dtype>(dtype), a, device, at(stream));
-        raise_if(error, "adaln_modulate");
-    });
+    m.def("adaln_modulate_cuda",
+          [](int dtype, int64_t images, int64_t rows, int64_t channels, uintptr_t x, uintptr_t shift,
+             uintptr_t scale, uintptr_t y, uintptr_t mean, uintptr_t rstd, int64_t shift_stride,
+             int64_t scale_stride, double eps, int device, uintptr_t stream) {
+              py::gil_scoped_release nogil;
+              const auto pointer = [](uintptr_t p) { return reinterpret_cast<void*>(p); };
+              dico::AdalnArgs args{};
+              args.images = images, args.rows = rows, args.channels = channels;
+              args.x = pointer(x), args.shift = pointer(shift), args.scale = pointer(scale);
+              args.y = pointer(y), args.mean = pointer(mean), args.rstd = pointer(rstd);
+              args.shift_stride = shift_stride, args.scale_stride = scale_stride, args.eps = eps;
+              raise_if(dico::cuda::adaln_modulate(static_cast<dico::Dtype>(dtype), args, device, pointer(stream)),
+                       "adaln_modulate");
+          });
 #endif
 }

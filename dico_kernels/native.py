@@ -1,12 +1,7 @@
 """The one door to ``dico_kernels._C``, the kernels built from csrc/.
 
-The extension knows pointers and sizes only, so whatever keeps those valid is checked here; what an op accepts is
-checked by dico_kernels.ops. torch is imported first, so that the extension binds to torch's OpenMP runtime and the two
-share one pool of threads.
-
-The functions below are the kernel interface that every backend implements: images in channels_last memory, at least one
-pixel, vectors (N, C) or (1, C), all of one dtype; statistics and reduced gradients come back in the accumulation dtype
-(float64 for float64, else float32), reduced gradients of conditioning vectors per sample.
+The extension knows pointers and sizes only; every check that keeps them valid is here. torch is imported first, so that
+the extension binds to torch's OpenMP runtime and the two share one pool of threads.
 """
 
 from __future__ import annotations
@@ -91,298 +86,364 @@ def build() -> dict[str, Any]:
     return dict(extension().build())
 
 
-# ---- arguments ----
-
-_PARALLEL_FROM = 1 << 14  # elements below which waking other threads costs more than they save
-_CHUNK_BYTES = 1 << 20  # scratch of pixel_shuffle_skip: stays in cache
+# ---- arguments: the ops above check what a user gave; these checks only keep memory safe ----
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What statistics and sums are held in: float64 for float64, else float32."""
+def _image(name: str, t: Tensor, like: Tensor | None = None) -> None:
+    """Refuse an image that is not dense channels_last memory of a dtype and, given ``like``, of its shape and kind."""
+    if t.ndim != 4 or 0 in t.shape[1:]:
+        raise ValueError(f"{name} has shape {tuple(t.shape)}: expected (N, C, H, W) with C, H, W > 0")
+    if t.dtype not in _DTYPES:
+        names = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES)
+        raise ValueError(f"{name} has dtype {t.dtype}: expected {names}")
+    if not t.is_contiguous(memory_format=torch.channels_last):
+        raise ValueError(f"{name} has strides {t.stride()}: expected channels_last memory")
+    if like is not None:
+        if t.shape != like.shape:
+            raise ValueError(f"{name} has shape {tuple(t.shape)}: expected {tuple(like.shape)}")
+        _kind(name, t, like.dtype, like.device)
+
+
+def _kind(name: str, t: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    if t.dtype != dtype or t.device != device:
+        raise ValueError(f"{name} is {t.dtype} on {t.device}: expected {dtype} on {device}")
+
+
+def _dense(name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse a tensor that is not contiguous memory of exactly this shape and kind."""
+    if tuple(t.shape) != shape or not t.is_contiguous():
+        raise ValueError(f"{name} has shape {tuple(t.shape)}, strides {t.stride()}: expected {shape}, contiguous")
+    _kind(name, t, dtype, device)
+
+
+def _vector(name: str, v: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> int:
+    """Refuse what is not contiguous (N, C) or (1, C); its stride from image to image (0 broadcasts)."""
+    n, c = x.shape[:2]
+    if v.ndim != 2 or v.shape[1] != c or v.shape[0] not in (1, n):
+        raise ValueError(f"{name} has shape {tuple(v.shape)}: expected ({n}, {c}) or (1, {c})")
+    _dense(name, v, tuple(v.shape), dtype or x.dtype, x.device)
+    return c if v.shape[0] == n else 0
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics and reduced gradients for images of a dtype."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _threads(x: Tensor) -> int:
-    return torch.get_num_threads() if x.numel() >= _PARALLEL_FROM else 1
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.channels_last)
 
 
-def _image(name: str, v: Tensor, like: Tensor | None = None, device: str = "cpu") -> int:
-    """The address of an image, once it is known to be one."""
-    if v.ndim != 4 or v.numel() == 0 or not v.is_contiguous(memory_format=torch.channels_last):
-        raise ValueError(f"{name} has shape {tuple(v.shape)}, strides {v.stride()}: expected a channels_last image")
-    if v.dtype not in _DTYPES or v.device.type != device:
-        raise ValueError(f"{name} is {v.dtype} on {v.device}: expected a floating dtype on {device}")
-    if like is not None and (v.shape != like.shape or v.dtype != like.dtype):
-        raise ValueError(
-            f"{name} is {tuple(v.shape)} {v.dtype}: expected the other images', {tuple(like.shape)} {like.dtype}"
-        )
-    return v.data_ptr()
+def _reduced(x: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=accumulator(x.dtype), device=x.device)
 
 
-def _vector(name: str, v: Tensor | None, x: Tensor, wide: bool = False) -> tuple[int, int]:
-    """Address of a (N, C) or (1, C) vector and its stride from image to image; zeros when it is absent."""
-    if v is None:
-        return 0, 0
-    n, c = x.shape[:2]
-    dtype = accumulation_dtype(x.dtype) if wide else x.dtype
-    if v.shape not in ((n, c), (1, c)) or not v.is_contiguous() or v.dtype != dtype or v.device != x.device:
-        raise ValueError(
-            f"{name} is {tuple(v.shape)} {v.dtype} on {v.device}: expected contiguous ({n} or 1, {c}) {dtype}"
-        )
-    return v.data_ptr(), c if v.shape[0] == n else 0
+def _blocks(x: Tensor) -> tuple[int, int, int, int, int]:
+    """(images, rows, channels, block_rows) of x for the kernels over rows, and the number of blocks.
 
-
-def _parameter(name: str, v: Tensor | None, size: int, x: Tensor) -> int:
-    """Address of a contiguous parameter of so many elements; zero when it is absent."""
-    if v is None:
-        return 0
-    if v.numel() != size or not v.is_contiguous() or v.dtype != x.dtype or v.device != x.device:
-        raise ValueError(f"{name} is {tuple(v.shape)} {v.dtype}: expected {size} contiguous elements of {x.dtype}")
-    return v.data_ptr()
-
-
-def _sizes(x: Tensor) -> tuple[int, int, int, int]:
+    Blocks depend on the shape alone, so results do not depend on the number of threads: enough of them for a large
+    machine, none so long that a sum over its rows loses digits.
+    """
     n, c, h, w = x.shape
-    return _DTYPES[x.dtype], n, h * w, c
+    rows = h * w
+    block = min(max(-(-n * rows // 64), 16), 128)
+    return n, rows, c, block, n * -(-rows // block)
 
 
-def _new(x: Tensor, channels: int | None = None, scale: int = 1) -> Tensor:
+def _call(kernel: str, x: Tensor, *args: Tensor | float | None) -> None:
+    """Run a kernel of the extension in x's dtype; tensors go as pointers, None as a null one.
+
+    Raises:
+        RuntimeError: x is not on the CPU, naming the kernel.
+        ImportError: the extension was not built.
+    """
+    module = extension()
+    if x.device.type != "cpu":
+        raise RuntimeError(f"{kernel}: the native kernel runs on cpu only, and the input is on {x.device}")
+    values = [v.data_ptr() if isinstance(v, Tensor) else 0 if v is None else v for v in args]
+    getattr(module, kernel)(_DTYPES[x.dtype], torch.get_num_threads(), *values)
+
+
+# ---- adaLN and the gated residual: csrc/cpu/adaln.h ----
+
+
+def adaln_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:
+    """LayerNorm over channels without affine, then * (1 + scale) + shift.
+
+    Args:
+        x: (N, C, H, W) in channels_last memory, on a CPU or (where built) a CUDA device.
+        shift: (N, C) or (1, C), contiguous, of x's dtype and device.
+        scale: as shift.
+        eps: added to the variance.
+
+    Returns:
+        y as x, and each pixel's mean and 1 / deviation, (N, H, W) in the accumulation dtype.
+
+    Raises:
+        ValueError: a wrong rank, size, layout, dtype or device, naming the argument.
+        ImportError: the extension was not built.
+        RuntimeError: a CUDA error, or a CUDA tensor with an extension built without CUDA.
+    """
+    _image("x", x)
+    strides = _vector("shift", shift, x), _vector("scale", scale, x)
     n, c, h, w = x.shape
-    shape = (n, c if channels is None else channels, h * scale, w * scale)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-
-
-def _wide(x: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=accumulation_dtype(x.dtype), device=x.device)
-
-
-# ---- adaln ----
-
-
-def adaln_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, mean, rstd): LayerNorm over channels without affine, * (1 + scale) + shift; on a GPU where built for it."""
-    module, device = extension(), x.device.type
-    address = _image("x", x, device=device if device == "cuda" else "cpu")
-    (shift_at, shift_stride), (scale_at, scale_stride) = _vector("shift", shift, x), _vector("scale", scale, x)
-    n, _, h, w = x.shape
-    y, mean, rstd = _new(x), _wide(x, n, h, w), _wide(x, n, h, w)
-    out = y.data_ptr(), mean.data_ptr(), rstd.data_ptr()
-    vectors = shift_at, shift_stride, scale_at, scale_stride, eps
-    if device == "cuda":
-        if not with_cuda():
-            raise RuntimeError(f"x is on {x.device}, but the extension has no CUDA code: {build()['cuda']}")
-        with torch.cuda.device(x.device):
-            stream = torch.cuda.current_stream(x.device).cuda_stream
-            module.adaln_modulate_cuda(*_sizes(x), address, *vectors, *out, x.device.index, stream)
-    else:
-        module.adaln_forward(*_sizes(x), address, 0, 0, 0, *vectors, 0, *out, _threads(x))
+    y, mean, rstd = _like(x), _reduced(x, n, h, w), _reduced(x, n, h, w)
+    if x.device.type != "cuda":
+        _call("adaln_modulate", x, *_blocks(x)[:4], x, shift, scale, y, mean, rstd, *strides, eps)
+        return y, mean, rstd
+    if not with_cuda():
+        raise RuntimeError(f"x is on {x.device}, but the extension has no CUDA code: {build()['cuda']}")
+    pointers = [t.data_ptr() for t in (x, shift, scale, y, mean, rstd)]
+    with torch.cuda.device(x.device):
+        stream = torch.cuda.current_stream(x.device).cuda_stream
+        extension().adaln_modulate_cuda(_DTYPES[x.dtype], n, h * w, c, *pointers, *strides, eps, x.device.index, stream)
     return y, mean, rstd
-
-
-def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
-    """X + gate * branch."""
-    y = _new(x)
-    images = _image("x", x), _image("branch", branch, x)
-    extension().adaln_forward(
-        *_sizes(x), *images, *_vector("gate", gate, x), 0, 0, 0, 0, 0.0, y.data_ptr(), 0, 0, 0, _threads(x)
-    )
-    return y
-
-
-def gated_residual_adaln(
-    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y, h, mean, rstd): y = x + gate * branch, h = adaLN(y)."""
-    n, _, height, width = x.shape
-    y, h, mean, rstd = _new(x), _new(x), _wide(x, n, height, width), _wide(x, n, height, width)
-    images = _image("x", x), _image("branch", branch, x)
-    vectors = *_vector("gate", gate, x), *_vector("shift", shift, x), *_vector("scale", scale, x)
-    out = tuple(v.data_ptr() for v in (y, h, mean, rstd))
-    extension().adaln_forward(*_sizes(x), *images, *vectors, eps, *out, _threads(x))
-    return y, h, mean, rstd
-
-
-def _adaln_backward(
-    dy: Tensor | None,
-    dh: Tensor | None,
-    x: Tensor | None,
-    branch: Tensor | None,
-    gate: Tensor | None,
-    scale: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dbranch, sums): what is absent is not computed; sums (N, 3, C) of gate, shift and scale."""
-    like = next(v for v in (dy, dh) if v is not None)
-    dx, dbranch, sums = _new(like), _new(like), _wide(like, like.shape[0], 3, like.shape[1])
-    pixels = like.numel() // like.shape[1]
-    for name, v in (("mean", mean), ("rstd", rstd)):
-        if v is not None and (v.numel() != pixels or not v.is_contiguous() or v.dtype != sums.dtype):
-            raise ValueError(f"{name} is {tuple(v.shape)} {v.dtype}: expected {pixels} contiguous {sums.dtype}")
-    images = (
-        0 if v is None else _image(name, v, like) for name, v in (("dy", dy), ("dh", dh), ("x", x), ("branch", branch))
-    )
-    statistics = (0 if v is None else v.data_ptr() for v in (mean, rstd))
-    extension().adaln_backward(
-        *_sizes(like),
-        *images,
-        *_vector("gate", gate, like),
-        *_vector("scale", scale, like),
-        *statistics,
-        dx.data_ptr(),
-        dbranch.data_ptr(),
-        sums.data_ptr(),
-        _threads(like),
-    )
-    return dx, dbranch, sums
 
 
 def adaln_modulate_backward(
     dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dshift, dscale)."""
-    dx, _, sums = _adaln_backward(None, dy, x, None, None, scale, mean, rstd)
-    return dx, sums[:, 1].clone(), sums[:, 2].clone()
+    """Gradients of adaln_modulate: dx as x; dshift and dscale per sample, (N, C) in the accumulation dtype."""
+    _image("x", x)
+    _image("dy", dy, x)
+    stride = _vector("scale", scale, x)
+    _statistics(x, mean, rstd)
+    n, c = x.shape[:2]
+    *sizes, blocks = _blocks(x)
+    dx, dshift, dscale, partial = _like(x), _reduced(x, n, c), _reduced(x, n, c), _reduced(x, blocks, 2, c)
+    _call("adaln_modulate_backward", x, *sizes, dy, x, scale, mean, rstd, dx, dshift, dscale, partial, stride)
+    return dx, dshift, dscale
+
+
+def _statistics(x: Tensor, mean: Tensor, rstd: Tensor) -> None:
+    n, _, h, w = x.shape
+    for name, t in (("mean", mean), ("rstd", rstd)):
+        _dense(name, t, (n, h, w), accumulator(x.dtype), x.device)
+
+
+def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+    """x + gate * branch; gate (N, C) or (1, C)."""
+    _image("x", x)
+    _image("branch", branch, x)
+    stride = _vector("gate", gate, x)
+    y = _like(x)
+    _call("gated_residual", x, *_blocks(x)[:4], x, branch, gate, y, stride)
+    return y
 
 
 def gated_residual_backward(dy: Tensor, branch: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    """(dbranch, dgate)."""
-    _, dbranch, sums = _adaln_backward(dy, None, None, branch, gate, None, None, None)
-    return dbranch, sums[:, 0].clone()
+    """Gradients of gated_residual but x's, which is dy: dbranch, and dgate per sample, (N, C), accumulation dtype."""
+    _image("dy", dy)
+    _image("branch", branch, dy)
+    stride = _vector("gate", gate, dy)
+    n, c = dy.shape[:2]
+    *sizes, blocks = _blocks(dy)
+    dbranch, dgate, partial = _like(dy), _reduced(dy, n, c), _reduced(dy, blocks, c)
+    _call("gated_residual_backward", dy, *sizes, dy, branch, gate, dbranch, dgate, partial, stride)
+    return dbranch, dgate
+
+
+def gated_residual_adaln(
+    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y, h, mean, rstd): y = x + gate * branch, rounded; h = adaLN of that y; mean, rstd as adaln_modulate's."""
+    _image("x", x)
+    _image("branch", branch, x)
+    strides = _vector("gate", gate, x), _vector("shift", shift, x), _vector("scale", scale, x)
+    n, _, height, width = x.shape
+    y, h, mean, rstd = _like(x), _like(x), _reduced(x, n, height, width), _reduced(x, n, height, width)
+    args = (x, branch, gate, shift, scale, y, h, mean, rstd, *strides, eps)
+    _call("gated_residual_adaln", x, *_blocks(x)[:4], *args)
+    return y, h, mean, rstd
 
 
 def gated_residual_adaln_backward(
     dy: Tensor, dh: Tensor, y: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dbranch, dgate, dshift, dscale)."""
-    dx, dbranch, sums = _adaln_backward(dy, dh, y, branch, gate, scale, mean, rstd)
-    return dx, dbranch, sums[:, 0].clone(), sums[:, 1].clone(), sums[:, 2].clone()
+    """(dx, dbranch, dgate, dshift, dscale) of gated_residual_adaln; the vectors per sample, accumulation dtype."""
+    _image("y", y)
+    for name, t in (("dy", dy), ("dh", dh), ("branch", branch)):
+        _image(name, t, y)
+    strides = _vector("gate", gate, y), _vector("scale", scale, y)
+    _statistics(y, mean, rstd)
+    n, c = y.shape[:2]
+    *sizes, blocks = _blocks(y)
+    dx, dbranch = _like(y), _like(y)
+    dgate, dshift, dscale = _reduced(y, n, c), _reduced(y, n, c), _reduced(y, n, c)
+    ins = (dy, dh, y, branch, gate, scale, mean, rstd)
+    outs = (dx, dbranch, dgate, dshift, dscale, _reduced(y, blocks, 3, c))
+    _call("gated_residual_adaln_backward", y, *sizes, *ins, *outs, *strides)
+    return dx, dbranch, dgate, dshift, dscale
 
 
-# ---- depthwise ----
-
-
-def _depthwise_sizes(x: Tensor, weight: Tensor, gelu: bool) -> tuple[int, int, int, int, int, int, bool]:
-    n, c, h, w = x.shape
-    k = weight.shape[-1]
-    if weight.shape[-2] != k or k % 2 == 0 or not 1 <= k <= 9:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}: expected square, odd, 1 to 9")
-    return _DTYPES[x.dtype], n, h, w, c, k, gelu
-
-
-def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
-    """Depthwise convolution, zero padding k // 2, through GELU if asked; weight (C, 1, k, k)."""
-    sizes, y = _depthwise_sizes(x, weight, gelu), _new(x)
-    c, k = x.shape[1], weight.shape[-1]
-    parameters = _parameter("weight", weight, c * k * k, x), _parameter("bias", bias, c, x)
-    extension().depthwise_forward(*sizes, _image("x", x), *parameters, y.data_ptr(), _threads(x))
-    return y
-
-
-def depthwise_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dweight, dbias); the convolution is recomputed when its output went through GELU."""
-    sizes, dx = _depthwise_sizes(x, weight, gelu), _new(x)
-    c, k = x.shape[1], weight.shape[-1]
-    dweight, dbias = _wide(x, c, 1, k, k), _wide(x, c)
-    images = _image("dy", dy, x), _image("x", x)
-    parameters = _parameter("weight", weight, c * k * k, x), _parameter("bias", bias, c, x)
-    out = dx.data_ptr(), dweight.data_ptr(), dbias.data_ptr()
-    extension().depthwise_backward(*sizes, *images, *parameters, *out, _threads(x))
-    return dx, dweight, dbias
-
-
-# ---- channel ----
+# ---- sums and affine maps per channel: csrc/cpu/channel.h ----
 
 
 def channel_sums(x: Tensor) -> Tensor:
-    """(N, C) sums over pixels."""
-    out = _wide(x, x.shape[0], x.shape[1])
-    extension().channel_sums(*_sizes(x), _image("x", x), 0, out.data_ptr(), _threads(x))
+    """The sum over (H, W), (N, C) in the accumulation dtype."""
+    _image("x", x)
+    *sizes, blocks = _blocks(x)
+    out, partial = _reduced(x, *x.shape[:2]), _reduced(x, blocks, x.shape[1])
+    _call("channel_sums", x, *sizes, x, out, partial)
     return out
 
 
 def channel_dots(a: Tensor, b: Tensor) -> Tensor:
-    """(N, C) sums over pixels of a * b."""
-    out = _wide(a, a.shape[0], a.shape[1])
-    extension().channel_sums(*_sizes(a), _image("a", a), _image("b", b, a), out.data_ptr(), _threads(a))
+    """The sum over (H, W) of a * b, (N, C) in the accumulation dtype."""
+    _image("a", a)
+    _image("b", b, a)
+    *sizes, blocks = _blocks(a)
+    out, partial = _reduced(a, *a.shape[:2]), _reduced(a, blocks, a.shape[1])
+    _call("channel_dots", a, *sizes, a, b, out, partial)
     return out
 
 
 def channel_affine(
     x: Tensor, s: Tensor, shift: Tensor | None = None, z: Tensor | None = None, r: Tensor | None = None
 ) -> Tensor:
-    """X * s + z * r + shift; s, r and shift in the accumulation dtype."""
-    y = _new(x)
-    extension().channel_affine(
-        *_sizes(x),
-        _image("x", x),
-        *_vector("s", s, x, wide=True),
-        *_vector("shift", shift, x, wide=True),
-        0 if z is None else _image("z", z, x),
-        *_vector("r", r, x, wide=True),
-        y.data_ptr(),
-        _threads(x),
-    )
+    """x * s + z * r + shift; s, shift and r (N, C) or (1, C) in the accumulation dtype, z and r together or neither."""
+    _image("x", x)
+    if (z is None) != (r is None):
+        raise ValueError("z and r belong together: expected both or neither")
+    if z is not None:
+        _image("z", z, x)
+    vectors = (("s", s), ("shift", shift), ("r", r))
+    strides = [0 if v is None else _vector(k, v, x, accumulator(x.dtype)) for k, v in vectors]
+    y = _like(x)
+    _call("channel_affine", x, *_blocks(x)[:4], x, s, shift, z, r, y, *strides)
     return y
 
 
-# ---- pixel_shuffle ----
+# ---- depthwise convolution: csrc/cpu/depthwise.h ----
 
 
-def _chunks(up: Tensor, skip: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-    """(first, count, scratch) for runs of pairs of the output's image rows, each one's operand within _CHUNK_BYTES."""
-    width, channels = skip.shape[3], up.shape[1] // 4 + skip.shape[1]
-    rows = skip.shape[0] * skip.shape[2]
-    most = min(rows, max(2, _CHUNK_BYTES // (width * channels * up.element_size()) // 2 * 2))
-    scratch = torch.empty((most * width, channels), dtype=up.dtype)
-    for first in range(0, rows, most):
-        count = min(most, rows - first)
-        yield first, count, scratch[: count * width]
+def _depthwise_sizes(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> tuple[int, ...]:
+    """Check the weights; (images, height, width, channels, k, gelu, block_height) as the kernels want them.
+
+    An image is cut into blocks of rows where images and channels alone would not occupy a machine, by shape only.
+    """
+    n, c, h, w = x.shape
+    k = weight.shape[-1] if weight.ndim else 0
+    if k not in (1, 3, 5, 7, 9):
+        raise ValueError(f"weight has shape {tuple(weight.shape)}: expected ({c}, 1, k, k) with k in 1, 3, 5, 7, 9")
+    _dense("weight", weight, (c, 1, k, k), x.dtype, x.device)
+    if bias is not None:
+        _dense("bias", bias, (c,), x.dtype, x.device)
+    wanted = max(16 // max(n * -(-c // 64), 1), 1)
+    block = max(-(-h // wanted), min(h, 8))
+    return n, h, w, c, k, int(gelu), block
 
 
-def _shuffle(gather: bool, up: Tensor, skip: Tensor, first: int, count: int, joined: Tensor) -> None:
+def _depthwise_scratch(x: Tensor, k: int, backward: bool) -> Tensor:
+    if x.device.type != "cpu":
+        return x  # about to be refused
+    threads = torch.get_num_threads()
+    size = extension().depthwise_scratch(_DTYPES[x.dtype], threads, x.shape[1], x.shape[3], k, backward)
+    return torch.empty(size, dtype=torch.uint8)
+
+
+def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+    """Depthwise k x k convolution with zero padding k // 2, through GELU if gelu; weight (C, 1, k, k), bias (C,)."""
+    _image("x", x)
+    sizes = _depthwise_sizes(x, weight, bias, gelu)
+    y = _like(x)
+    _call("depthwise", x, x, weight, bias, y, _depthwise_scratch(x, sizes[4], False), *sizes)
+    return y
+
+
+def depthwise_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of depthwise: dx as x; dweight (C, 1, k, k) and dbias (C,) in the accumulation dtype."""
+    _image("x", x)
+    _image("dy", dy, x)
+    sizes = _depthwise_sizes(x, weight, bias, gelu)
+    n, h, _, c, k, _, block = sizes
+    partitions = min(n * -(-h // block), 64)
+    dx, dweight, dbias = _like(x), _reduced(x, c, 1, k, k), _reduced(x, c)
+    partial = _reduced(x, partitions, k * k + 1, c)
+    outs = (dx, dweight, dbias, partial, _depthwise_scratch(x, k, True))
+    _call("depthwise_backward", x, dy, x, weight, bias, *outs, *sizes, partitions)
+    return dx, dweight, dbias
+
+
+# ---- PixelShuffle, skip and 1x1 convolution: csrc/cpu/pixel_shuffle.h ----
+
+# Bytes of the concatenated rows that exist at any time. Fewer, and the product reads a wide weight too often.
+_CHUNK_BYTES = 1 << 22
+
+
+def _shuffle_views(up: Tensor, skip: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Check; up as (N*H, W, 4C), skip as (N*H, 4W, S), weight as (K, C + S)."""
+    _image("up", up)
+    _image("skip", skip)
     n, c4, h, w = up.shape
-    if c4 % 4 or skip.shape[0] != n or skip.shape[2:] != (2 * h, 2 * w) or skip.dtype != up.dtype:
-        raise ValueError(f"skip is {tuple(skip.shape)} {skip.dtype}: expected ({n}, S, {2 * h}, {2 * w}) {up.dtype}")
-    addresses = _image("up", up), _image("skip", skip), joined.data_ptr()
-    sizes = _DTYPES[up.dtype], h, w, c4 // 4, skip.shape[1], first, count
-    extension().shuffle(gather, *sizes, *addresses, _threads(joined))
+    s = skip.shape[1]
+    if c4 % 4:
+        raise ValueError(f"up has {c4} channels: expected a multiple of 4")
+    if skip.shape != (n, s, 2 * h, 2 * w):
+        raise ValueError(f"skip has shape {tuple(skip.shape)}: expected ({n}, S, {2 * h}, {2 * w})")
+    _kind("skip", skip, up.dtype, up.device)
+    _dense("weight", weight, (weight.shape[0], c4 // 4 + s, 1, 1), up.dtype, up.device)
+    return (
+        up.permute(0, 2, 3, 1).reshape(n * h, w, c4),
+        skip.permute(0, 2, 3, 1).reshape(n * h, 4 * w, s),
+        weight.reshape(weight.shape[0], -1),
+    )
 
 
-def _matrix(image: Tensor) -> Tensor:
-    """A channels_last image as the matrix of its pixels, without a copy."""
-    return image.permute(0, 2, 3, 1).reshape(-1, image.shape[1])
+def _shuffle_chunks(up: Tensor, wide: int) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Rows of up, the pixels of the large image that they make, and scratch for those pixels' concatenated channels."""
+    rows, width = up.shape[:2]
+    step = min(max(_CHUNK_BYTES // (4 * width * wide * up.element_size()), 1), rows)
+    scratch = up.new_empty(4 * width * step, wide)
+    for first in range(0, rows, step):
+        end = min(first + step, rows)
+        yield slice(first, end), slice(4 * width * first, 4 * width * end), scratch[: 4 * width * (end - first)]
 
 
 def pixel_shuffle_skip(up: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """1x1 convolution of cat[PixelShuffle(2)(up), skip], whose operand exists a cache-sized chunk at a time."""
-    y = _new(up, weight.shape[0], 2)
-    out, taps, width = _matrix(y), weight.flatten(1).t(), skip.shape[3]
-    for first, count, joined in _chunks(up, skip):
-        _shuffle(True, up, skip, first, count, joined)
-        rows = out[first * width : (first + count) * width]
+    """1x1 convolution of cat[PixelShuffle(2)(up), skip]: up (N, 4C, H, W), skip (N, S, 2H, 2W), weight (K, C+S, 1, 1).
+
+    The concatenation exists only a few rows at a time.
+    """
+    small, large, matrix = _shuffle_views(up, skip, weight)
+    k, wide = matrix.shape
+    if bias is not None:
+        _dense("bias", bias, (k,), up.dtype, up.device)
+    n, _, height, width = skip.shape
+    out = torch.empty((n, k, height, width), dtype=up.dtype, device=up.device, memory_format=torch.channels_last)
+    rows = out.permute(0, 2, 3, 1).reshape(-1, k)
+    for part, pixels, cat in _shuffle_chunks(small, wide):
+        sizes = (part.stop - part.start, small.shape[1], small.shape[2] // 4, large.shape[2])
+        _call("shuffle_gather", up, small[part], large[part], cat, *sizes)
         if bias is None:
-            torch.mm(joined, taps, out=rows)
+            torch.mm(cat, matrix.t(), out=rows[pixels])
         else:
-            torch.addmm(bias, joined, taps, out=rows)
-    return y
+            torch.addmm(bias, cat, matrix.t(), out=rows[pixels])
+    return out
 
 
 def pixel_shuffle_skip_backward(
     dy: Tensor, up: Tensor, skip: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dup, dskip, dweight, dbias)."""
-    dup, dskip = _new(up), _new(skip)
-    gradient, taps, width = _matrix(dy), weight.flatten(1), skip.shape[3]
-    dweight = torch.zeros(taps.shape, dtype=accumulation_dtype(up.dtype))
-    dbias = torch.zeros(taps.shape[0], dtype=accumulation_dtype(up.dtype))
-    for first, count, joined in _chunks(up, skip):
-        rows = gradient[first * width : (first + count) * width]
-        _shuffle(True, up, skip, first, count, joined)
-        dweight += rows.t() @ joined
-        dbias += rows.sum(0, dtype=dbias.dtype)
-        torch.mm(rows, taps, out=joined)
-        _shuffle(False, dup, dskip, first, count, joined)
-    return dup, dskip, dweight.reshape(weight.shape), dbias
+    """Gradients of pixel_shuffle_skip: dup, dskip; dweight (K, C+S, 1, 1) and dbias (K,) in the accumulation dtype."""
+    small, large, matrix = _shuffle_views(up, skip, weight)
+    k, wide = matrix.shape
+    n, _, height, width = skip.shape
+    _image("dy", dy)
+    if dy.shape != (n, k, height, width):
+        raise ValueError(f"dy has shape {tuple(dy.shape)}: expected {(n, k, height, width)}")
+    _kind("dy", dy, up.dtype, up.device)
+    dy_rows = dy.permute(0, 2, 3, 1).reshape(-1, k)
+    dup, dskip = _like(up), _like(skip)
+    dsmall = dup.permute(0, 2, 3, 1).reshape(small.shape)
+    dlarge = dskip.permute(0, 2, 3, 1).reshape(large.shape)
+    dweight = torch.zeros(k, wide, dtype=accumulator(up.dtype), device=up.device)
+    for part, pixels, cat in _shuffle_chunks(small, wide):
+        sizes = (part.stop - part.start, small.shape[1], small.shape[2] // 4, large.shape[2])
+        _call("shuffle_gather", up, small[part], large[part], cat, *sizes)
+        dweight += torch.mm(dy_rows[pixels].t(), cat)
+        torch.mm(dy_rows[pixels], matrix, out=cat)
+        _call("shuffle_scatter", up, dsmall[part], dlarge[part], cat, *sizes)
+    return dup, dskip, dweight.reshape(k, wide, 1, 1), channel_sums(dy).sum(0)

@@ -1,158 +1,223 @@
-// adaLN, gated residual and the two fused. A row of channels stays in the first-level cache between its statistics
-// and its output, so memory is passed over once. Rows are taken in blocks of kRowBlock, each with sums of its own.
+// The adaLN family: LayerNorm over channels without affine, then * (1 + scale) + shift, and the gated residual that
+// precedes it. One pass over memory each way: a few rows of channels stay in the first-level cache between their
+// statistics and their output. Included inside the namespace of one instruction set (see kernels.cpp).
 
-template <class T>
-struct Rows {
-    const AdalnArgs& a;
-    int64_t image, first, count;
-
-    Rows(const AdalnArgs& args, int64_t unit) : a(args) {
-        const int64_t blocks = row_blocks(args.rows);
-        image = unit / blocks;
-        const int64_t begin = unit % blocks * kRowBlock;
-        first = image * args.rows + begin;
-        count = args.rows - begin < kRowBlock ? args.rows - begin : kRowBlock;
-    }
-    const T* in(const void* base, int64_t row) const { return offset<T>(base, row * a.channels); }
-    T* out(void* base, int64_t row) const { return const_cast<T*>(in(base, row)); }
-    const T* vector(const void* base, int64_t stride) const { return offset<T>(base, image * stride); }
-};
-
-template <class A>
-struct Statistics {
-    A mean, rstd;
-};
-
-// Two passes, the second correcting the mean that the first one rounded: E[x^2] - E[x]^2 would lose every digit
-// once |mean| is far above the deviation, and a sum of many large values loses the last ones of the mean.
-template <class T>
-static inline Statistics<acc_t<T>> statistics(const T* x, int64_t channels, acc_t<T> eps) {
+// Two passes: E[x^2] - E[x]^2 loses every digit once |mean| is far above the deviation.
+template <int R, class T>
+DICO_INLINE void row_statistics(const T* x, int64_t channels, double eps, acc_t<T>* mean, acc_t<T>* rstd) {
     using A = acc_t<T>;
-    vec<A> total{};
-    for_channels<A>(channels, [&](int64_t c, auto n) { total += load(x + c, n); });
-    const A guess = sum<A>(total) / static_cast<A>(channels);
-    vec<A> rest{}, squares{};
-    for_channels<A>(channels, [&](int64_t c, auto n) {
-        const vec<A> centred = only<A>(load(x + c, n) - guess, n);
-        rest += centred;
-        squares += centred * centred;
+    vec_t<T> sum[R] = {}, squares[R] = {};
+    each_vector<T>(channels, [&](int64_t c, auto lanes) {
+        for (int r = 0; r < R; ++r) sum[r] += vload(x + r * channels + c, lanes);
     });
-    const A correction = sum<A>(rest) / static_cast<A>(channels);
-    const A variance = sum<A>(squares) / static_cast<A>(channels) - correction * correction;
-    return {guess + correction, A(1) / sqrt_of((variance > 0 ? variance : 0) + eps)};
+    for (int r = 0; r < R; ++r) mean[r] = sum_of(sum[r]) / static_cast<A>(channels);
+    each_vector<T>(channels, [&](int64_t c, auto lanes) {
+        for (int r = 0; r < R; ++r) {
+            const vec_t<T> centred = only(vload(x + r * channels + c, lanes) - mean[r], lanes);
+            squares[r] += centred * centred;
+        }
+    });
+    for (int r = 0; r < R; ++r)
+        rstd[r] = A(1) / sqrt_of(sum_of(squares[r]) / static_cast<A>(channels) + static_cast<A>(eps));
 }
 
-template <class T>
-static inline void modulate(const T* x, const T* shift, const T* scale, T* y, int64_t channels,
-                            Statistics<acc_t<T>> s) {
+template <int R, class T>
+DICO_INLINE void modulate_rows(const T* x, const T* shift, const T* scale, T* y, int64_t channels,
+                               const acc_t<T>* mean, const acc_t<T>* rstd) {
     using A = acc_t<T>;
-    for_channels<A>(channels, [&](int64_t c, auto n) {
-        const vec<A> normalised = (load(x + c, n) - s.mean) * s.rstd;
-        store(y + c, normalised * (A(1) + load(scale + c, n)) + load(shift + c, n), n);
-    });
-}
-
-template <class T>
-static inline void gated(const T* x, const T* branch, const T* gate, T* y, int64_t channels) {
-    for_channels<acc_t<T>>(channels, [&](int64_t c, auto n) {
-        store(y + c, load(x + c, n) + load(gate + c, n) * load(branch + c, n), n);
-    });
-}
-
-template <class T>
-static inline void keep(const AdalnArgs& a, int64_t row, Statistics<acc_t<T>> s) {
-    static_cast<acc_t<T>*>(a.mean)[row] = s.mean;
-    static_cast<acc_t<T>*>(a.rstd)[row] = s.rstd;
-}
-
-// Forward of adaln_modulate (no branch), gated_residual (no shift) or both (gated_residual_adaln).
-template <class T>
-static void adaln_forward(const AdalnArgs& a, int threads) {
-    const acc_t<T> eps = static_cast<acc_t<T>>(a.eps);
-    parallel(a.images * row_blocks(a.rows), threads, [&](int64_t unit) {
-        const Rows<T> rows(a, unit);
-        const T* gate = rows.vector(a.gate, a.gate_stride);
-        const T* shift = rows.vector(a.shift, a.shift_stride);
-        const T* scale = rows.vector(a.scale, a.scale_stride);
-        for (int64_t row = rows.first; row < rows.first + rows.count; ++row) {
-            const T* x = rows.in(a.x, row);
-            if (a.branch) {
-                gated(x, rows.in(a.branch, row), gate, rows.out(a.y, row), a.channels);
-                x = rows.out(a.y, row);  // rounded, as whoever reads y will see it
-            }
-            if (a.shift) {
-                const Statistics<acc_t<T>> s = statistics(x, a.channels, eps);
-                modulate(x, shift, scale, rows.out(a.h, row), a.channels, s);
-                keep<T>(a, row, s);
-            }
+    each_vector<T>(channels, [&](int64_t c, auto lanes) {
+        const vec_t<T> by = vload(scale + c, lanes) + A(1), plus = vload(shift + c, lanes);
+        for (int r = 0; r < R; ++r) {
+            const vec_t<T> normalised = (vload(x + r * channels + c, lanes) - mean[r]) * rstd[r];
+            vstore(y + r * channels + c, normalised * by + plus, lanes);
         }
     });
 }
 
-// Sums of one block of rows: kSums vectors of channels in the workspace, zeroed here.
-template <class A>
-static inline A* block_sums(const AdalnArgs& a, int64_t unit) {
-    A* sums = static_cast<A*>(a.workspace) + unit * kSums * a.channels;
-    __builtin_memset(sums, 0, kSums * a.channels * sizeof(A));
-    return sums;
-}
-
-// Gradient of adaLN at y (dh arrives, dshift and dscale leave), of the gated residual (dgate, dbranch), or of both,
-// where the residual's own gradient dy joins.
-template <class T>
-static void adaln_backward(const AdalnArgs& a, int threads) {
-    using A = acc_t<T>;
-    const int64_t blocks = row_blocks(a.rows), channels = a.channels;
-    const A inverse = A(1) / static_cast<A>(channels);
-    parallel(a.images * blocks, threads, [&](int64_t unit) {
-        const Rows<T> rows(a, unit);
-        const T* gate = rows.vector(a.gate, a.gate_stride);
-        const T* scale = rows.vector(a.scale, a.scale_stride);
-        A* dgate = block_sums<A>(a, unit);
-        A *dshift = dgate + channels, *dscale = dshift + channels;
-        for (int64_t row = rows.first; row < rows.first + rows.count; ++row) {
-            const T *dy = rows.in(a.dy, row), *dh = rows.in(a.dh, row), *x = rows.in(a.x, row);
-            const T* branch = rows.in(a.branch, row);
-            T *dx = rows.out(a.y, row), *dbranch = rows.out(a.h, row);
-            A mean = 0, rstd = 0, along_one = 0, along_x = 0;
-            if (a.dh) {
-                mean = static_cast<const A*>(a.mean)[row];
-                rstd = static_cast<const A*>(a.rstd)[row];
-                vec<A> ones{}, dots{};
-                for_channels<A>(channels, [&](int64_t c, auto n) {
-                    const vec<A> d = load(dh + c, n), normalised = (load(x + c, n) - mean) * rstd;
-                    const vec<A> g = d * (A(1) + load(scale + c, n));  // zero in the missing lanes, as d is
-                    ones += g;
-                    dots += g * normalised;
-                    add(dshift + c, d, n);
-                    add(dscale + c, d * normalised, n);
-                });
-                along_one = sum<A>(ones) * inverse;
-                along_x = sum<A>(dots) * inverse;
-            }
-            for_channels<A>(channels, [&](int64_t c, auto n) {
-                vec<A> d = a.dy ? load(dy + c, n) : vec<A>{};
-                if (a.dh) {
-                    const vec<A> normalised = (load(x + c, n) - mean) * rstd;
-                    const vec<A> g = load(dh + c, n) * (A(1) + load(scale + c, n));
-                    d += rstd * (g - along_one - normalised * along_x);
-                    store(dx + c, d, n);
-                }
-                if (a.branch) {
-                    store(dbranch + c, d * load(gate + c, n), n);
-                    add(dgate + c, only<A>(d, n) * load(branch + c, n), n);
-                }
-            });
+template <int R, class T>
+DICO_INLINE void gate_rows(const T* x, const T* branch, const T* gate, T* y, int64_t channels) {
+    each_vector<T>(channels, [&](int64_t c, auto lanes) {
+        const vec_t<T> g = vload(gate + c, lanes);
+        for (int r = 0; r < R; ++r) {
+            const int64_t at = r * channels + c;
+            vstore(y + at, vload(x + at, lanes) + g * vload(branch + at, lanes), lanes);
         }
     });
-    // The blocks of an image in order, whatever thread did them.
-    parallel(a.images, threads, [&](int64_t image) {
-        A* first = static_cast<A*>(a.workspace) + image * blocks * kSums * channels;
-        A* results = static_cast<A*>(a.sums) + image * kSums * channels;
-        for_channels<A>(kSums * channels, [&](int64_t c, auto n) {
-            vec<A> total = load(first + c, n);
-            for (int64_t block = 1; block < blocks; ++block) total += load(first + block * kSums * channels + c, n);
-            store(results + c, total, n);
+}
+
+template <class T>
+static void adaln_modulate_typed(const AdalnArgs& a, int threads) {
+    const T* x = static_cast<const T*>(a.x);
+    T* y = static_cast<T*>(a.y);
+    acc_t<T>* means = static_cast<acc_t<T>*>(a.mean);
+    acc_t<T>* rstds = static_cast<acc_t<T>*>(a.rstd);
+    each_block(a, threads, [=](int64_t image, int64_t first, int64_t end, int64_t) {
+        const T* shift = static_cast<const T*>(a.shift) + image * a.shift_stride;
+        const T* scale = static_cast<const T*>(a.scale) + image * a.scale_stride;
+        each_group(image * a.rows + first, image * a.rows + end, [&](int64_t row, auto group) {
+            constexpr int R = decltype(group)::value;
+            const int64_t at = row * a.channels;
+            acc_t<T> mean[R], rstd[R];
+            row_statistics<R>(x + at, a.channels, a.eps, mean, rstd);
+            modulate_rows<R>(x + at, shift, scale, y + at, a.channels, mean, rstd);
+            for (int r = 0; r < R; ++r) means[row + r] = mean[r], rstds[row + r] = rstd[r];
         });
     });
+}
+
+template <class T>
+static void gated_residual_typed(const GatedArgs& a, int threads) {
+    const T* x = static_cast<const T*>(a.x);
+    const T* branch = static_cast<const T*>(a.branch);
+    T* y = static_cast<T*>(a.y);
+    each_block(a, threads, [=](int64_t image, int64_t first, int64_t end, int64_t) {
+        const T* gate = static_cast<const T*>(a.gate) + image * a.gate_stride;
+        each_group(image * a.rows + first, image * a.rows + end, [&](int64_t row, auto group) {
+            const int64_t at = row * a.channels;
+            gate_rows<decltype(group)::value>(x + at, branch + at, gate, y + at, a.channels);
+        });
+    });
+}
+
+// The statistics are those of the rounded y: that is what a reader of y, this op's backward included, can see.
+template <class T>
+static void gated_residual_adaln_typed(const GatedAdalnArgs& a, int threads) {
+    const T* x = static_cast<const T*>(a.x);
+    const T* branch = static_cast<const T*>(a.branch);
+    T* y = static_cast<T*>(a.y);
+    T* h = static_cast<T*>(a.h);
+    acc_t<T>* means = static_cast<acc_t<T>*>(a.mean);
+    acc_t<T>* rstds = static_cast<acc_t<T>*>(a.rstd);
+    each_block(a, threads, [=](int64_t image, int64_t first, int64_t end, int64_t) {
+        const T* gate = static_cast<const T*>(a.gate) + image * a.gate_stride;
+        const T* shift = static_cast<const T*>(a.shift) + image * a.shift_stride;
+        const T* scale = static_cast<const T*>(a.scale) + image * a.scale_stride;
+        each_group(image * a.rows + first, image * a.rows + end, [&](int64_t row, auto group) {
+            constexpr int R = decltype(group)::value;
+            const int64_t at = row * a.channels;
+            acc_t<T> mean[R], rstd[R];
+            gate_rows<R>(x + at, branch + at, gate, y + at, a.channels);
+            row_statistics<R>(y + at, a.channels, a.eps, mean, rstd);
+            modulate_rows<R>(y + at, shift, scale, h + at, a.channels, mean, rstd);
+            for (int r = 0; r < R; ++r) means[row + r] = mean[r], rstds[row + r] = rstd[r];
+        });
+    });
+}
+
+template <class T>
+static void gated_residual_backward_typed(const GatedBackwardArgs& a, int threads) {
+    using A = acc_t<T>;
+    const T* dy = static_cast<const T*>(a.dy);
+    const T* branch = static_cast<const T*>(a.branch);
+    T* dbranch = static_cast<T*>(a.dbranch);
+    A* partial = static_cast<A*>(a.partial);
+    each_block(a, threads, [=](int64_t image, int64_t first, int64_t end, int64_t block) {
+        const T* gate = static_cast<const T*>(a.gate) + image * a.gate_stride;
+        A* dgate = partial + block * a.channels;
+        for (int64_t c = 0; c < a.channels; ++c) dgate[c] = 0;
+        each_group(image * a.rows + first, image * a.rows + end, [&](int64_t row, auto group) {
+            each_vector<T>(a.channels, [&](int64_t c, auto lanes) {
+                const vec_t<T> g = vload(gate + c, lanes);
+                vec_t<T> sum = {};
+                for (int r = 0; r < decltype(group)::value; ++r) {
+                    const int64_t at = (row + r) * a.channels + c;
+                    const vec_t<T> d = vload(dy + at, lanes);
+                    sum += d * vload(branch + at, lanes);
+                    vstore(dbranch + at, g * d, lanes);
+                }
+                vstore(dgate + c, vload(dgate + c, lanes) + sum, lanes);
+            });
+        });
+    });
+    sum_blocks(partial, a.channels, static_cast<A*>(a.dgate), a, threads);
+}
+
+// LayerNorm's backward, and with Gated the residual's as well: dx then also carries dy, the gradient that reaches y
+// past the normalisation, and is handed on to the branch before it is rounded.
+template <bool Gated, class T>
+static void adaln_backward_typed(const AdalnBackwardArgs& a, int threads) {
+    using A = acc_t<T>;
+    using V = vec_t<T>;
+    constexpr int kSums = Gated ? 3 : 2;
+    const T* dh = static_cast<const T*>(a.dh);
+    const T* x = static_cast<const T*>(a.x);
+    const T* dy = static_cast<const T*>(a.dy);
+    const T* branch = static_cast<const T*>(a.branch);
+    T* dx = static_cast<T*>(a.dx);
+    T* dbranch = static_cast<T*>(a.dbranch);
+    const A* means = static_cast<const A*>(a.mean);
+    const A* rstds = static_cast<const A*>(a.rstd);
+    A* partial = static_cast<A*>(a.partial);
+    each_block(a, threads, [=](int64_t image, int64_t first, int64_t end, int64_t block) {
+        const T* scale = static_cast<const T*>(a.scale) + image * a.scale_stride;
+        const T* gate = static_cast<const T*>(a.gate) + image * a.gate_stride;
+        A* dshift = partial + block * kSums * a.channels;
+        A* dscale = dshift + a.channels;
+        A* dgate = dscale + a.channels;
+        for (int64_t c = 0; c < kSums * a.channels; ++c) dshift[c] = 0;
+        each_group(image * a.rows + first, image * a.rows + end, [&](int64_t row, auto group) {
+            constexpr int R = decltype(group)::value;
+            A mean[R], rstd[R], g_mean[R], gx_mean[R];
+            V g_sum[R] = {}, gx_sum[R] = {};
+            for (int r = 0; r < R; ++r) mean[r] = means[row + r], rstd[r] = rstds[row + r];
+            each_vector<T>(a.channels, [&](int64_t c, auto lanes) {
+                const V by = vload(scale + c, lanes) + A(1);
+                V to_shift = {}, to_scale = {};
+                for (int r = 0; r < R; ++r) {
+                    const int64_t at = (row + r) * a.channels + c;
+                    const V d = vload(dh + at, lanes);
+                    const V dxhat = d * ((vload(x + at, lanes) - mean[r]) * rstd[r]);
+                    to_shift += d;
+                    to_scale += dxhat;
+                    g_sum[r] += d * by;
+                    gx_sum[r] += dxhat * by;
+                }
+                vstore(dshift + c, vload(dshift + c, lanes) + to_shift, lanes);
+                vstore(dscale + c, vload(dscale + c, lanes) + to_scale, lanes);
+            });
+            for (int r = 0; r < R; ++r) {
+                g_mean[r] = sum_of(g_sum[r]) / static_cast<A>(a.channels);
+                gx_mean[r] = sum_of(gx_sum[r]) / static_cast<A>(a.channels);
+            }
+            each_vector<T>(a.channels, [&](int64_t c, auto lanes) {
+                const V by = vload(scale + c, lanes) + A(1);
+                V to_gate = {};
+                for (int r = 0; r < R; ++r) {
+                    const int64_t at = (row + r) * a.channels + c;
+                    const V xhat = (vload(x + at, lanes) - mean[r]) * rstd[r];
+                    V d = (vload(dh + at, lanes) * by - g_mean[r] - xhat * gx_mean[r]) * rstd[r];
+                    if constexpr (Gated) {
+                        d += vload(dy + at, lanes);
+                        to_gate += d * vload(branch + at, lanes);
+                        vstore(dbranch + at, d * vload(gate + c, lanes), lanes);
+                    }
+                    vstore(dx + at, d, lanes);
+                }
+                if constexpr (Gated) vstore(dgate + c, vload(dgate + c, lanes) + to_gate, lanes);
+            });
+        });
+    });
+    const int64_t stride = kSums * a.channels;
+    sum_blocks(partial, stride, static_cast<A*>(a.dshift), a, threads);
+    sum_blocks(partial + a.channels, stride, static_cast<A*>(a.dscale), a, threads);
+    if constexpr (Gated) sum_blocks(partial + 2 * a.channels, stride, static_cast<A*>(a.dgate), a, threads);
+}
+
+static void adaln_modulate(Dtype dtype, const AdalnArgs& a, int threads) {
+    by_dtype(dtype, [&](auto tag) { adaln_modulate_typed<typename decltype(tag)::type>(a, threads); });
+}
+static void adaln_modulate_backward(Dtype dtype, const AdalnBackwardArgs& a, int threads) {
+    by_dtype(dtype, [&](auto tag) { adaln_backward_typed<false, typename decltype(tag)::type>(a, threads); });
+}
+static void gated_residual(Dtype dtype, const GatedArgs& a, int threads) {
+    by_dtype(dtype, [&](auto tag) { gated_residual_typed<typename decltype(tag)::type>(a, threads); });
+}
+static void gated_residual_backward(Dtype dtype, const GatedBackwardArgs& a, int threads) {
+    by_dtype(dtype, [&](auto tag) { gated_residual_backward_typed<typename decltype(tag)::type>(a, threads); });
+}
+static void gated_residual_adaln(Dtype dtype, const GatedAdalnArgs& a, int threads) {
+    by_dtype(dtype, [&](auto tag) { gated_residual_adaln_typed<typename decltype(tag)::type>(a, threads); });
+}
+static void gated_residual_adaln_backward(Dtype dtype, const AdalnBackwardArgs& a, int threads) {
+    by_dtype(dtype, [&](auto tag) { adaln_backward_typed<true, typename decltype(tag)::type>(a, threads); });
 }

@@ -1,56 +1,75 @@
-// Sums over the pixels of each channel, and a scale and shift for each channel: what channel attention (CCA) and
-// global response normalisation (GRN) are made of, forward and backward.
+// Sums over the pixels of an image, per channel, and the affine map per channel that follows them: what channel
+// attention and global response normalisation are made of. Included inside the namespace of one instruction set.
 
-template <class T>
-static void channel_sums(const ChannelArgs& a, int threads) {
-    using A = acc_t<T>;
-    const int64_t blocks = row_blocks(a.rows), channels = a.channels;
-    parallel(a.images * blocks, threads, [&](int64_t unit) {
-        A* sums = static_cast<A*>(a.workspace) + unit * channels;
-        __builtin_memset(sums, 0, channels * sizeof(A));
-        const int64_t image = unit / blocks, begin = unit % blocks * kRowBlock;
-        const int64_t end = begin + kRowBlock < a.rows ? begin + kRowBlock : a.rows;
-        for (int64_t row = image * a.rows + begin; row < image * a.rows + end; ++row) {
-            const T* x = static_cast<const T*>(a.x) + row * channels;
-            const T* z = offset<T>(a.z, row * channels);
-            for_channels<A>(channels, [&](int64_t c, auto n) {
-                const vec<A> v = load(x + c, n);
-                add(sums + c, a.z ? v * load(z + c, n) : v, n);
-            });
+// The sums of kVectors vectors of channels over the rows, in registers; with Dots, of products.
+template <int kVectors, bool Dots, class T, class Lanes>
+DICO_INLINE void sum_rows(const T* a, const T* b, acc_t<T>* out, int64_t rows, int64_t channels, Lanes lanes) {
+    vec_t<T> sum[kVectors] = {};
+    for (int64_t row = 0; row < rows; ++row)
+        for (int v = 0; v < kVectors; ++v) {
+            const int64_t at = row * channels + v * kLanes<T>;
+            vec_t<T> value = vload(a + at, lanes);
+            if constexpr (Dots) value *= vload(b + at, lanes);
+            sum[v] += value;
         }
+    for (int v = 0; v < kVectors; ++v) vstore(out + v * kLanes<T>, sum[v], lanes);
+}
+
+template <bool Dots, class T>
+static void channel_sums_typed(const ChannelSumArgs& args, int threads) {
+    using A = acc_t<T>;
+    constexpr int kWide = 8;
+    A* partial = static_cast<A*>(args.partial);
+    each_block(args, threads, [=](int64_t image, int64_t first, int64_t end, int64_t block) {
+        const int64_t channels = args.channels, start = (image * args.rows + first) * channels;
+        const T* a = static_cast<const T*>(args.a) + start;
+        const T* b = Dots ? static_cast<const T*>(args.b) + start : nullptr;
+        A* out = partial + block * channels;
+        int64_t c = 0;
+        for (; c + kWide * kLanes<T> <= channels; c += kWide * kLanes<T>)
+            sum_rows<kWide, Dots>(a + c, b + c, out + c, end - first, channels, Whole{});
+        each_vector<T>(channels - c, [&](int64_t v, auto lanes) {
+            sum_rows<1, Dots>(a + c + v, b + c + v, out + c + v, end - first, channels, lanes);
+        });
     });
-    parallel(a.images, threads, [&](int64_t image) {
-        const A* first = static_cast<const A*>(a.workspace) + image * blocks * channels;
-        A* out = static_cast<A*>(a.y) + image * channels;
-        for_channels<A>(channels, [&](int64_t c, auto n) {
-            vec<A> total = load(first + c, n);
-            for (int64_t block = 1; block < blocks; ++block) total += load(first + block * channels + c, n);
-            store(out + c, total, n);
+    sum_blocks(partial, args.channels, static_cast<A*>(args.out), args, threads);
+}
+
+template <bool Second, class T>
+static void channel_affine_typed(const ChannelAffineArgs& a, int threads) {
+    using A = acc_t<T>;
+    const T* x = static_cast<const T*>(a.x);
+    const T* z = static_cast<const T*>(a.z);
+    T* y = static_cast<T*>(a.y);
+    each_block(a, threads, [=](int64_t image, int64_t first, int64_t end, int64_t) {
+        const A* s = static_cast<const A*>(a.s) + image * a.s_stride;
+        const A* r = static_cast<const A*>(a.r) + image * a.r_stride;
+        const A* shift = a.shift ? static_cast<const A*>(a.shift) + image * a.shift_stride : nullptr;
+        each_group(image * a.rows + first, image * a.rows + end, [&](int64_t row, auto group) {
+            each_vector<T>(a.channels, [&](int64_t c, auto lanes) {
+                const vec_t<T> by = vload(s + c, lanes), plus = shift ? vload(shift + c, lanes) : vec_t<T>{};
+                vec_t<T> by_second = {};
+                if constexpr (Second) by_second = vload(r + c, lanes);
+                for (int i = 0; i < decltype(group)::value; ++i) {
+                    const int64_t at = (row + i) * a.channels + c;
+                    vec_t<T> value = vload(x + at, lanes) * by + plus;
+                    if constexpr (Second) value += vload(z + at, lanes) * by_second;
+                    vstore(y + at, value, lanes);
+                }
+            });
         });
     });
 }
 
-// y = x * s + z * r + shift; z and r, and shift, may be absent.
-template <class T>
-static void channel_affine(const ChannelArgs& a, int threads) {
-    using A = acc_t<T>;
-    const int64_t blocks = row_blocks(a.rows), channels = a.channels;
-    parallel(a.images * blocks, threads, [&](int64_t unit) {
-        const int64_t image = unit / blocks, begin = unit % blocks * kRowBlock;
-        const int64_t end = begin + kRowBlock < a.rows ? begin + kRowBlock : a.rows;
-        const A* s = offset<A>(a.s, image * a.s_stride);
-        const A* r = offset<A>(a.r, image * a.r_stride);
-        const A* shift = offset<A>(a.shift, image * a.shift_stride);
-        for (int64_t row = image * a.rows + begin; row < image * a.rows + end; ++row) {
-            const T* x = static_cast<const T*>(a.x) + row * channels;
-            const T* z = offset<T>(a.z, row * channels);
-            T* y = static_cast<T*>(a.y) + row * channels;
-            for_channels<A>(channels, [&](int64_t c, auto n) {
-                vec<A> v = load(x + c, n) * load(s + c, n);
-                if (a.z) v += load(z + c, n) * load(r + c, n);
-                if (a.shift) v += load(shift + c, n);
-                store(y + c, v, n);
-            });
-        }
+static void channel_sums(Dtype dtype, const ChannelSumArgs& a, int threads) {
+    by_dtype(dtype, [&](auto tag) { channel_sums_typed<false, typename decltype(tag)::type>(a, threads); });
+}
+static void channel_dots(Dtype dtype, const ChannelSumArgs& a, int threads) {
+    by_dtype(dtype, [&](auto tag) { channel_sums_typed<true, typename decltype(tag)::type>(a, threads); });
+}
+static void channel_affine(Dtype dtype, const ChannelAffineArgs& a, int threads) {
+    by_dtype(dtype, [&](auto tag) {
+        using T = typename decltype(tag)::type;
+        a.z ? channel_affine_typed<true, T>(a, threads) : channel_affine_typed<false, T>(a, threads);
     });
 }

@@ -1,284 +1,316 @@
-// Depthwise convolution, alone or through GELU, forward and backward.
-// A unit of work is a block of rows and of channels of one image. Its pixels, with the halo its taps reach, are
-// first copied into a zero-bordered scratch of the accumulation type, which fits the second-level cache: after that
-// there are no borders, no conversions and no missing channels, only multiply-adds on whole vectors.
+// Depthwise k x k convolution, zero padding, channels innermost, with GELU or without, and its backward.
+//
+// A few vectors of channels at a time, rows of the image stream through a ring of the k rows that a row of outputs
+// needs. The ring is widened to the accumulation type and padded with zeros at both ends, a row outside the image
+// is a row of zeros: the arithmetic knows no borders. Within the ring one vector of channels is contiguous along
+// the row, so that what the inner loops touch fits the first-level cache. Included inside the namespace of one
+// instruction set.
 
-constexpr int kVectors = 2;  // vectors of channels in a block: a cache line of bfloat16, two of float
-constexpr int kPixels = 4;   // output pixels that share one load of a tap's weight
-constexpr int64_t kScratchElements = 48 * 1024;
+// Outputs along a row that are summed together: each loaded pixel serves all of them.
+#if defined(__AVX512F__)
+constexpr int kTile = 8;
+#else
+constexpr int kTile = 4;
+#endif
+constexpr int kRingVectors = 4;
 
-template <class A>
-constexpr int block_channels = kVectors * lanes<A>;
-
-template <class A>
-struct Block {
-    vec<A> v[kVectors];
+struct DepthwiseShape {
+    int64_t padded;         // vectors of a ring's row
+    int64_t ring;           // vectors of a ring
+    int64_t taps;           // vectors of the weights, transposed, for all channels
+    int64_t channel_units;  // blocks of kRingVectors vectors of channels
+    int64_t per_thread;     // vectors of scratch
 };
 
-// An image patch in scratch: rows of `pitch` pixels of block_channels each.
-template <class A>
-struct Patch {
-    A* data;
-    int64_t pitch;
-    A* at(int64_t row, int64_t column) const { return data + (row * pitch + column) * block_channels<A>; }
-};
-
-static inline int64_t up_to(int64_t value, int64_t multiple) {
-    return (value + multiple - 1) / multiple * multiple;
+template <class T>
+static DepthwiseShape depthwise_shape(int64_t channels, int64_t width, int64_t k, bool backward) {
+    DepthwiseShape s;
+    const int64_t vectors = (channels + kLanes<T> - 1) / kLanes<T>;
+    s.padded = (width + kTile - 1) / kTile * kTile + k - 1;
+    s.ring = kRingVectors * k * s.padded;
+    s.taps = vectors * k * k;
+    s.channel_units = (vectors + kRingVectors - 1) / kRingVectors;
+    s.per_thread = s.padded + s.ring * (backward ? 2 : 1) + (backward ? kRingVectors * (k * k + 1) : 0);
+    return s;
 }
 
-// Output rows of a unit: as many as keep its scratch within the cache, by shape alone.
-static inline int64_t depthwise_rows(int64_t height, int64_t width, int k, int64_t channels) {
-    const int64_t row = (up_to(width, kPixels) + 2 * (k / 2)) * channels;
-    const int64_t rows = kScratchElements / row;
-    const int64_t least = 2 * k < height ? 2 * k : height;
-    return rows < least ? least : (rows < height ? rows : height);
+static int64_t depthwise_scratch(Dtype dtype, int64_t channels, int64_t width, int64_t k, bool backward,
+                                 int threads) {
+    int64_t vectors = 0;
+    by_dtype(dtype, [&](auto tag) {
+        const DepthwiseShape s = depthwise_shape<typename decltype(tag)::type>(channels, width, k, backward);
+        vectors = s.taps + threads * s.per_thread;
+    });
+    return vectors * kVectorBytes;
+}
+
+// The weights (channels, k * k) as taps[vector of channels][k * k], zero past the last channel. Called inside a
+// parallel region.
+template <class T>
+static void transpose_taps(const T* weight, vec_t<T>* taps, int64_t channels, int64_t kk) {
+    acc_t<T>* to = reinterpret_cast<acc_t<T>*>(taps);
+    const int64_t vectors = (channels + kLanes<T> - 1) / kLanes<T>;
+#pragma omp for schedule(static)
+    for (int64_t v = 0; v < vectors; ++v)
+        for (int64_t t = 0; t < kk; ++t)
+            for (int64_t i = 0; i < kLanes<T>; ++i) {
+                const int64_t c = v * kLanes<T> + i;
+                to[(v * kk + t) * kLanes<T> + i] = c < channels ? load(weight + c * kk + t) : 0;
+            }
+}
+
+// k rows of kRingVectors vectors of channels, one of them after the other; row r of the image lies in slot r mod k.
+template <class T, int K>
+struct Ring {
+    using V = vec_t<T>;
+    V* data;
+    const V* zeros;
+    int64_t padded, height, width;
+
+    void clear_padding() const {
+        for (int64_t row = 0; row < kRingVectors * K; ++row) {
+            for (int64_t w = 0; w < K / 2; ++w) data[row * padded + w] = V{};
+            for (int64_t w = K / 2 + width; w < padded; ++w) data[row * padded + w] = V{};
+        }
+    }
+    // Where column 0 of the image lies.
+    V* inside(int64_t r, int v) const { return data + (v * K + r % K) * padded + K / 2; }
+    bool in_image(int64_t r) const { return r >= 0 && r < height; }
+    const V* row(int64_t r, int v) const { return in_image(r) ? data + (v * K + r % K) * padded : zeros; }
+    // The K rows around r.
+    void around(int64_t r, int v, const V** rows) const {
+        for (int i = 0; i < K; ++i) rows[i] = row(r + i - K / 2, v);
+    }
+    // image: the first row's first pixel's first channel of this block.
+    void fill(const T* image, int64_t r, int64_t row_stride, int64_t stride, int64_t channels) const {
+        if (!in_image(r)) return;
+        const T* from = image + r * row_stride;
+        for (int64_t w = 0; w < width; ++w, from += stride) {
+            V* to = inside(r, 0) + w;
+            each_vector<T>(channels, [&](int64_t c, auto lanes) {
+                *to = vload(from + c, lanes);
+                to += K * padded;
+            });
+        }
+    }
+};
+
+// emit(w, sum over the taps) for every column; Flip turns the kernel by 180 degrees.
+template <int K, bool Flip, class V, class Emit>
+DICO_INLINE void stencil(const V* const* rows, const V* taps, V bias, int64_t width, Emit emit) {
+    for (int64_t w = 0; w < width; w += kTile) {
+        V sum[kTile];
+#pragma GCC unroll 8
+        for (int t = 0; t < kTile; ++t) sum[t] = bias;
+        for (int i = 0; i < K; ++i) {
+            V tap[K];
+#pragma GCC unroll 16
+            for (int j = 0; j < K; ++j) tap[j] = taps[Flip ? K * K - 1 - (i * K + j) : i * K + j];
+#pragma GCC unroll 16
+            for (int p = 0; p < kTile + K - 1; ++p) {
+                const V pixel = rows[i][w + p];
+#pragma GCC unroll 16
+                for (int j = 0; j < K; ++j)
+                    if (p - j >= 0 && p - j < kTile) sum[p - j] += pixel * tap[j];
+            }
+        }
+        // Not unrolled: what is emitted may be long.
+        const int64_t count = width - w < kTile ? width - w : kTile;
+        for (int64_t t = 0; t < count; ++t) emit(w + t, sum[t]);
+    }
+}
+
+// sums[i * K + j] += the sum over a row of d[w] * rows[i][w + j], sums[K * K] += that of d. A 3 x 3 kernel's nine
+// sums are formed together, as three would wait for one another; a wider kernel's rows have sums enough each.
+template <int K, class V>
+DICO_INLINE void tap_gradients(const V* const* rows, const V* d, V* sums, int64_t width) {
+    constexpr int kRows = K <= 3 ? K : 1, kStep = 4;
+    for (int base = 0; base < K; base += kRows) {
+        V sum[kRows][K] = {};
+        for (int64_t w = 0; w < width; w += kStep) {
+            V step[kStep];
+#pragma GCC unroll 4
+            for (int t = 0; t < kStep; ++t) step[t] = d[w + t];
+#pragma GCC unroll 3
+            for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 16
+                for (int p = 0; p < kStep + K - 1; ++p) {
+                    const V pixel = rows[base + i][w + p];
+#pragma GCC unroll 16
+                    for (int j = 0; j < K; ++j)
+                        if (p - j >= 0 && p - j < kStep) sum[i][j] += pixel * step[p - j];
+                }
+        }
+        for (int i = 0; i < kRows; ++i)
+            for (int j = 0; j < K; ++j) sums[(base + i) * K + j] += sum[i][j];
+    }
+    V total[kStep] = {};
+    for (int64_t w = 0; w < width; w += kStep)
+        for (int t = 0; t < kStep; ++t) total[t] += d[w + t];
+    sums[K * K] += (total[0] + total[1]) + (total[2] + total[3]);
 }
 
 template <class T>
-struct DepthwiseUnit {
-    using A = acc_t<T>;
-    const DepthwiseArgs& a;
-    int64_t image, channel, first, last;  // first channel; output rows [first, last)
-    int count;                            // channels there are
-
-    DepthwiseUnit(const DepthwiseArgs& args, int64_t unit) : a(args) {
-        const int64_t rows = depthwise_rows(a.height, a.width, a.k, block_channels<A>);
-        const int64_t row_units = (a.height + rows - 1) / rows;
-        const int64_t channel_units = (a.channels + block_channels<A> - 1) / block_channels<A>;
-        image = unit / (row_units * channel_units);
-        channel = unit / row_units % channel_units * block_channels<A>;
-        first = unit % row_units * rows;
-        last = first + rows < a.height ? first + rows : a.height;
-        const int64_t left = a.channels - channel;
-        count = static_cast<int>(left < block_channels<A> ? left : block_channels<A>);
-    }
-
-    static int64_t units(const DepthwiseArgs& a) {
-        const int64_t rows = depthwise_rows(a.height, a.width, a.k, block_channels<A>);
-        return a.images * ((a.channels + block_channels<A> - 1) / block_channels<A>)*((a.height + rows - 1) / rows);
-    }
-
-    // body(vector, All or First) for the vectors of the block that hold channels.
-    template <class Body>
-    inline __attribute__((always_inline)) void vectors(Body body) const {
-        for (int i = 0; i < kVectors; ++i) {
-            const int left = count - i * lanes<A>;
-            if (left >= lanes<A>)
-                body(i, All{});
-            else if (left > 0)
-                body(i, First{left});
-        }
-    }
-
-    const T* pixel(const void* base, int64_t row, int64_t column) const {
-        return static_cast<const T*>(base) + ((image * a.height + row) * a.width + column) * a.channels + channel;
-    }
-    T* pixel(void* base, int64_t row, int64_t column) const {
-        return const_cast<T*>(pixel(static_cast<const void*>(base), row, column));
-    }
-
-    // Rows [first - halo, last + halo) into a patch whose column 0 is image column -border; zero outside the image.
-    void stage(const void* base, int64_t halo, int64_t border, Patch<A> patch) const {
-        const int64_t total = last - first + 2 * halo;
-        for (int64_t r = 0; r < total; ++r) {
-            const int64_t row = first - halo + r;
-            if (row < 0 || row >= a.height) {
-                __builtin_memset(patch.at(r, 0), 0, patch.pitch * block_channels<A> * sizeof(A));
-                continue;
-            }
-            __builtin_memset(patch.at(r, 0), 0, border * block_channels<A> * sizeof(A));
-            for (int64_t w = 0; w < a.width; ++w) {
-                const T* from = pixel(base, row, w);
-                A* to = patch.at(r, w + border);
-                for (int i = 0; i < kVectors; ++i) store(to + i * lanes<A>, vec<A>{}, All{});
-                vectors([&](int i, auto n) { store(to + i * lanes<A>, load(from + i * lanes<A>, n), All{}); });
-            }
-            const int64_t used = border + a.width;
-            __builtin_memset(patch.at(r, used), 0, (patch.pitch - used) * block_channels<A> * sizeof(A));
-        }
-    }
-
-    // Taps of the block's channels, (k * k, block_channels), missing channels zero; then the bias.
-    void stage_weights(A* taps, A* bias, bool flipped) const {
-        const int size = a.k * a.k;
-        for (int tap = 0; tap < size; ++tap)
-            for (int c = 0; c < block_channels<A>; ++c) {
-                const int from = flipped ? size - 1 - tap : tap;
-                taps[tap * block_channels<A> + c] =
-                    c < count ? scalar(a.weight, (channel + c) * size + from) : A(0);
-            }
-        for (int c = 0; c < block_channels<A>; ++c)
-            bias[c] = a.bias && c < count ? scalar(a.bias, channel + c) : A(0);
-    }
-    static A scalar(const void* base, int64_t index) {
-        return load(static_cast<const T*>(base) + index, First{1})[0];
-    }
-};
-
-// acc[pixel] += sum of taps * patch around (row, column + pixel), kPixels neighbours at once. K: the size when the
-// compiler is to know it, else 0.
-template <class A, int K>
-static inline __attribute__((always_inline)) void correlate(Block<A> (&acc)[kPixels], Patch<A> patch, int64_t row,
-                                                            int64_t column, const A* taps, int k) {
-    const int size = K ? K : k;
-    for (int i = 0; i < size; ++i) {
-        const A* line = patch.at(row + i, column);
-        const A* tap = taps + i * size * block_channels<A>;
-#pragma GCC unroll 9
-        for (int j = 0; j < size; ++j) {
-#pragma GCC unroll 2
-            for (int v = 0; v < kVectors; ++v) {
-                const vec<A> w = load(tap + j * block_channels<A> + v * lanes<A>, All{});
-#pragma GCC unroll 4
-                for (int p = 0; p < kPixels; ++p)
-                    acc[p].v[v] += w * load(line + (j + p) * block_channels<A> + v * lanes<A>, All{});
-            }
-        }
-    }
-}
-
-template <class A>
-static inline void start(Block<A> (&acc)[kPixels], const A* bias) {
-    for (int p = 0; p < kPixels; ++p)
-        for (int v = 0; v < kVectors; ++v) acc[p].v[v] = load(bias + v * lanes<A>, All{});
+DICO_INLINE vec_t<T> bias_of(const void* bias, int64_t c, int64_t left) {
+    if (!bias) return vec_t<T>{};
+    const T* from = static_cast<const T*>(bias) + c;
+    return left >= kLanes<T> ? vload(from) : vload(from, static_cast<int>(left));
 }
 
 template <class T, int K>
-static void depthwise_forward(const DepthwiseArgs& a, int threads) {
+static void depthwise_typed(const DepthwiseArgs& a, int threads) {
+    using V = vec_t<T>;
+    constexpr int L = kLanes<T>;
+    const DepthwiseShape shape = depthwise_shape<T>(a.channels, a.width, K, false);
+    V* const taps = static_cast<V*>(a.scratch);
+    const int64_t row_blocks = (a.height + a.block_height - 1) / a.block_height;
+    const int64_t units = a.images * row_blocks * shape.channel_units;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        V* const own = taps + shape.taps + thread_number() * shape.per_thread;
+        for (int64_t w = 0; w < shape.padded; ++w) own[w] = V{};
+        const Ring<T, K> ring = {own + shape.padded, own, shape.padded, a.height, a.width};
+        ring.clear_padding();
+        transpose_taps(static_cast<const T*>(a.weight), taps, a.channels, K * K);
+#pragma omp for schedule(static)
+        for (int64_t unit = 0; unit < units; ++unit) {
+            const int64_t c0 = unit % shape.channel_units * kRingVectors * L;
+            const int64_t block = unit / shape.channel_units;
+            const int64_t first = block % row_blocks * a.block_height;
+            const int64_t end = first + a.block_height < a.height ? first + a.block_height : a.height;
+            const int64_t row_stride = a.width * a.channels;
+            const int64_t start = block / row_blocks * a.height * row_stride + c0;
+            const int64_t channels = a.channels - c0 < kRingVectors * L ? a.channels - c0 : kRingVectors * L;
+            const T* x = static_cast<const T*>(a.x) + start;
+            T* y = static_cast<T*>(a.y) + start;
+            for (int64_t r = first - K / 2; r < first + K / 2; ++r)
+                ring.fill(x, r, row_stride, a.channels, channels);
+            for (int64_t r = first; r < end; ++r) {
+                ring.fill(x, r + K / 2, row_stride, a.channels, channels);
+                each_vector<T>(channels, [&](int64_t c, auto lanes) {
+                    const V* rows[K];
+                    ring.around(r, static_cast<int>(c / L), rows);
+                    T* to = y + r * row_stride + c;
+                    const V bias = bias_of<T>(a.bias, c0 + c, channels - c);
+                    stencil<K, false>(rows, taps + (c0 + c) / L * K * K, bias, a.width, [&](int64_t w, V sum) {
+                        vstore(to + w * a.channels, a.gelu ? gelu(sum) : sum, lanes);
+                    });
+                });
+            }
+        }
+    }
+}
+
+// One pass over x and dy: the row of dz = dy * GELU'(z), with z computed anew, goes into a ring of its own, from
+// which the row K / 2 above it takes its dx. The weights' gradients meet dz's row and x's ring in the cache. The
+// sums are kept for a.partitions stretches of (image, block of rows), and the stretches added up at the end.
+template <class T, int K>
+static void depthwise_backward_typed(const DepthwiseBackwardArgs& a, int threads) {
     using A = acc_t<T>;
-    using Unit = DepthwiseUnit<T>;
-    const int r = a.k / 2;
-    const int64_t pitch = up_to(a.width, kPixels) + 2 * r;
-    parallel(Unit::units(a), threads, [&](int64_t index) {
-        const Unit unit(a, index);
-        const int64_t rows = unit.last - unit.first;
-        A* scratch = allocate<A>(((rows + 2 * r) * pitch + a.k * a.k + 1) * block_channels<A>);
-        const Patch<A> patch{scratch, pitch};
-        A* taps = patch.at(rows + 2 * r, 0);
-        A* bias = taps + a.k * a.k * block_channels<A>;
-        unit.stage(a.x, r, r, patch);
-        unit.stage_weights(taps, bias, false);
-        for (int64_t row = 0; row < rows; ++row)
-            for (int64_t w = 0; w < a.width; w += kPixels) {
-                Block<A> acc[kPixels];
-                start(acc, bias);
-                correlate<A, K>(acc, patch, row, w, taps, a.k);
-                for (int p = 0; p < kPixels && w + p < a.width; ++p) {
-                    T* out = unit.pixel(a.y, unit.first + row, w + p);
-                    unit.vectors([&](int i, auto n) {
-                        store(out + i * lanes<A>, a.gelu ? gelu(acc[p].v[i]) : acc[p].v[i], n);
+    using V = vec_t<T>;
+    constexpr int L = kLanes<T>, P = K / 2, kSums = K * K + 1;
+    const DepthwiseShape shape = depthwise_shape<T>(a.channels, a.width, K, true);
+    V* const taps = static_cast<V*>(a.scratch);
+    A* const partial = static_cast<A*>(a.partial);
+    const int64_t row_blocks = (a.height + a.block_height - 1) / a.block_height;
+    const int64_t blocks = a.images * row_blocks;
+    const int64_t row_stride = a.width * a.channels;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        V* const own = taps + shape.taps + thread_number() * shape.per_thread;
+        for (int64_t w = 0; w < shape.padded; ++w) own[w] = V{};
+        const Ring<T, K> xs = {own + shape.padded, own, shape.padded, a.height, a.width};
+        const Ring<T, K> dzs = {xs.data + shape.ring, own, shape.padded, a.height, a.width};
+        V* const sums = dzs.data + shape.ring;
+        xs.clear_padding();
+        dzs.clear_padding();
+        transpose_taps(static_cast<const T*>(a.weight), taps, a.channels, K * K);
+#pragma omp for schedule(static)
+        for (int64_t unit = 0; unit < a.partitions * shape.channel_units; ++unit) {
+            const int64_t c0 = unit % shape.channel_units * kRingVectors * L;
+            const int64_t partition = unit / shape.channel_units;
+            const int64_t channels = a.channels - c0 < kRingVectors * L ? a.channels - c0 : kRingVectors * L;
+            for (int i = 0; i < kRingVectors * kSums; ++i) sums[i] = V{};
+            for (int64_t block = partition * blocks / a.partitions; block < (partition + 1) * blocks / a.partitions;
+                 ++block) {
+                const int64_t first = block % row_blocks * a.block_height;
+                const int64_t end = first + a.block_height < a.height ? first + a.block_height : a.height;
+                const int64_t start = block / row_blocks * a.height * row_stride + c0;
+                const T* x = static_cast<const T*>(a.x) + start;
+                const T* dy = static_cast<const T*>(a.dy) + start;
+                T* dx = static_cast<T*>(a.dx) + start;
+                // Without GELU no z is needed, and x only around the block's own rows.
+                for (int64_t r = first - (a.gelu ? 2 * P : P); r < first; ++r)
+                    xs.fill(x, r, row_stride, a.channels, channels);
+                for (int64_t r = first - P; r < end + P; ++r) {
+                    const bool own_row = r >= first && r < end;
+                    if (a.gelu || r < end) xs.fill(x, r + P, row_stride, a.channels, channels);
+                    if (!a.gelu) dzs.fill(dy, r, row_stride, a.channels, channels);
+                    each_vector<T>(channels, [&](int64_t c, auto lanes) {
+                        const int v = static_cast<int>(c / L);
+                        const V* const tap = taps + (c0 + c) / L * K * K;
+                        const V* rows[K];
+                        V* const dz = dzs.inside(r, v);
+                        if (a.gelu && dzs.in_image(r)) {
+                            const T* from = dy + r * row_stride + c;
+                            const V bias = bias_of<T>(a.bias, c0 + c, channels - c);
+                            xs.around(r, v, rows);
+                            stencil<K, false>(rows, tap, bias, a.width, [&](int64_t w, V z) {
+                                dz[w] = vload(from + w * a.channels, lanes) * gelu_slope(z);
+                            });
+                        }
+                        if (own_row) {
+                            xs.around(r, v, rows);
+                            tap_gradients<K>(rows, dz, sums + v * kSums, a.width);
+                        }
+                        if (r - P >= first) {
+                            T* to = dx + (r - P) * row_stride + c;
+                            dzs.around(r - P, v, rows);
+                            stencil<K, true>(rows, tap, V{}, a.width,
+                                             [&](int64_t w, V sum) { vstore(to + w * a.channels, sum, lanes); });
+                        }
                     });
                 }
             }
-        release(scratch);
-    });
-}
-
-// dtaps[i, j] += sum over the unit's pixels of dz * x shifted by (i, j).
-template <class A, int K>
-static inline void correlate_weights(Patch<A> dz, int64_t border, Patch<A> x, int64_t rows, int64_t width,
-                                     int64_t skip, A* dtaps, int k) {
-    const int size = K ? K : k;
-    for (int i = 0; i < size; ++i)
-        for (int v = 0; v < kVectors; ++v) {
-            vec<A> acc[K ? K : 9];
-            for (int j = 0; j < size; ++j) acc[j] = vec<A>{};
-            for (int64_t row = 0; row < rows; ++row) {
-                const A* d = dz.at(row + skip, border) + v * lanes<A>;
-                const A* line = x.at(row + skip + i, 0) + v * lanes<A>;
-                for (int64_t w = 0; w < width; ++w, d += block_channels<A>, line += block_channels<A>) {
-                    const vec<A> g = load(d, All{});
-#pragma GCC unroll 9
-                    for (int j = 0; j < size; ++j) acc[j] += g * load(line + j * block_channels<A>, All{});
-                }
-            }
-            for (int j = 0; j < size; ++j)
-                store(dtaps + (i * size + j) * block_channels<A> + v * lanes<A>, acc[j], All{});
+            each_vector<T>(channels, [&](int64_t c, auto lanes) {
+                for (int t = 0; t < kSums; ++t)
+                    vstore(partial + (partition * kSums + t) * a.channels + c0 + c, sums[c / L * kSums + t], lanes);
+            });
         }
+        A* const dweight = static_cast<A*>(a.dweight);
+        A* const dbias = static_cast<A*>(a.dbias);
+#pragma omp for schedule(static)
+        for (int64_t c = 0; c < a.channels; ++c)
+            for (int t = 0; t < kSums; ++t) {
+                A sum = 0;
+                for (int64_t p = 0; p < a.partitions; ++p) sum += partial[(p * kSums + t) * a.channels + c];
+                *(t < K * K ? dweight + c * K * K + t : dbias + c) = sum;
+            }
+    }
 }
 
-// dx and, in the workspace, each unit's sums for the taps and the bias: k * k + 1 rows of block_channels.
-template <class T, int K>
-static void depthwise_backward(const DepthwiseArgs& a, int threads) {
-    using A = acc_t<T>;
-    using Unit = DepthwiseUnit<T>;
-    const int r = a.k / 2, taps_size = a.k * a.k;
-    const int64_t width = up_to(a.width, kPixels), pitch = width + 2 * r;
-    const int64_t sums_size = (taps_size + 1) * block_channels<A>;
-    parallel(Unit::units(a), threads, [&](int64_t index) {
-        const Unit unit(a, index);
-        const int64_t rows = unit.last - unit.first;
-        // dz is needed r rows beyond the unit's own, and x r rows beyond those when z is recomputed. x's patch has
-        // the same number of border columns, so that a column means the same in both.
-        const int64_t dz_rows = rows + 2 * r, x_rows = rows + 4 * r;
-        A* scratch = allocate<A>((dz_rows * pitch + x_rows * pitch + 2 * (taps_size + 1)) * block_channels<A>);
-        const Patch<A> dz{scratch, pitch}, x{dz.at(dz_rows, 0), pitch};
-        A* taps = x.at(x_rows, 0);
-        A* bias = taps + taps_size * block_channels<A>;
-        A* flipped = bias + block_channels<A>;
-        A* no_bias = flipped + taps_size * block_channels<A>;
-        unit.stage(a.dy, r, r, dz);
-        unit.stage(a.x, 2 * r, r, x);
-        unit.stage_weights(taps, bias, false);
-        unit.stage_weights(flipped, no_bias, true);
-        if (a.gelu)
-            for (int64_t row = 0; row < dz_rows; ++row) {
-                const int64_t image_row = unit.first - r + row;
-                if (image_row < 0 || image_row >= a.height) continue;
-                for (int64_t w = 0; w < a.width; w += kPixels) {
-                    Block<A> z[kPixels];
-                    start(z, bias);
-                    correlate<A, K>(z, x, row, w, taps, a.k);
-                    for (int p = 0; p < kPixels && w + p < a.width; ++p) {
-                        A* d = dz.at(row, w + p + r);
-                        for (int v = 0; v < kVectors; ++v)
-                            store(d + v * lanes<A>, load(d + v * lanes<A>, All{}) * gelu_derivative(z[p].v[v]),
-                                  All{});
-                    }
-                }
-            }
-        A* sums = static_cast<A*>(a.workspace) + index * sums_size;
-        correlate_weights<A, K>(dz, r, x, rows, a.width, r, sums, a.k);
-        for (int v = 0; v < kVectors; ++v) {
-            vec<A> total{};
-            for (int64_t row = r; row < r + rows; ++row)
-                for (int64_t w = 0; w < a.width; ++w) total += load(dz.at(row, w + r) + v * lanes<A>, All{});
-            store(sums + taps_size * block_channels<A> + v * lanes<A>, total, All{});
-        }
-        for (int64_t row = 0; row < rows; ++row)
-            for (int64_t w = 0; w < a.width; w += kPixels) {
-                Block<A> acc[kPixels] = {};
-                correlate<A, K>(acc, dz, row, w, flipped, a.k);
-                for (int p = 0; p < kPixels && w + p < a.width; ++p) {
-                    T* out = unit.pixel(a.y, unit.first + row, w + p);
-                    unit.vectors([&](int i, auto n) { store(out + i * lanes<A>, acc[p].v[i], n); });
-                }
-            }
-        release(scratch);
-    });
-    // Units of the same channels, in order.
-    const int64_t channel_units = (a.channels + block_channels<A> - 1) / block_channels<A>;
-    const int64_t row_units = Unit::units(a) / a.images / channel_units;
-    parallel(channel_units, threads, [&](int64_t block) {
-        for (int64_t c = block * block_channels<A>; c < (block + 1) * block_channels<A> && c < a.channels; ++c)
-            for (int tap = 0; tap <= taps_size; ++tap) {
-                A total = 0;
-                for (int64_t image = 0; image < a.images; ++image)
-                    for (int64_t row = 0; row < row_units; ++row) {
-                        const int64_t unit = (image * channel_units + block) * row_units + row;
-                        total += static_cast<const A*>(
-                            a.workspace)[unit * sums_size + tap * block_channels<A> + c % block_channels<A>];
-                    }
-                if (tap < taps_size)
-                    static_cast<A*>(a.dweight)[c * taps_size + tap] = total;
-                else
-                    static_cast<A*>(a.dbias)[c] = total;
-            }
-    });
+// Calls body with the Count of a kernel size that exists.
+template <class Body>
+static inline void by_kernel_size(int64_t k, Body body) {
+    switch (k) {
+        case 1: return body(Count<1>{});
+        case 3: return body(Count<3>{});
+        case 5: return body(Count<5>{});
+        case 7: return body(Count<7>{});
+        case 9: return body(Count<9>{});
+    }
 }
 
-template <class T>
-static int64_t depthwise_workspace(const DepthwiseArgs& a) {
-    return DepthwiseUnit<T>::units(a) * (a.k * a.k + 1) * block_channels<acc_t<T>> * sizeof(acc_t<T>);
+static void depthwise(Dtype dtype, const DepthwiseArgs& a, int threads) {
+    by_dtype(dtype, [&](auto tag) {
+        by_kernel_size(
+            a.k, [&](auto k) { depthwise_typed<typename decltype(tag)::type, decltype(k)::value>(a, threads); });
+    });
+}
+static void depthwise_backward(Dtype dtype, const DepthwiseBackwardArgs& a, int threads) {
+    by_dtype(dtype, [&](auto tag) {
+        by_kernel_size(a.k, [&](auto k) {
+            depthwise_backward_typed<typename decltype(tag)::type, decltype(k)::value>(a, threads);
+        });
+    });
 }

@@ -1,60 +1,68 @@
-// GELU in its exact form, x * Phi(x), and its derivative Phi(x) + x * phi(x).
-// float: erf by Abramowitz and Stegun 7.1.26 (absolute error 1.5e-7); double: the library's erf.
+// GELU in its exact form, x * Phi(x), and its derivative Phi(x) + x * phi(x). Included inside the namespace of one
+// instruction set.
 
-// 2^y for y in [-126, 0], to a few ulp: y split into a whole part, which goes into the exponent, and a fraction in
-// [-1/2, 1/2], whose power is a polynomial (Taylor of exp(f ln 2), degree 7).
-static inline vec<float> exp2_of(vec<float> y) {
-    using integer = vector_of<float>::integer;
-    const vec<float> magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
-    const vec<float> whole = (y + magic) - magic;
-    const vec<float> f = y - whole;
-    vec<float> p = all(1.5252733e-5f);
-    p = p * f + 1.5403530e-4f;
-    p = p * f + 1.3333558e-3f;
-    p = p * f + 9.6181291e-3f;
-    p = p * f + 5.5504109e-2f;
-    p = p * f + 2.4022651e-1f;
-    p = p * f + 6.9314718e-1f;
-    p = p * f + 1.0f;
-    const integer exponent = (__builtin_convertvector(whole, integer) + 127) << 23;
-    return p * (vec<float>)exponent;
+// 2^v for -126 < v <= 0, relative error 1.3e-7.
+DICO_INLINE vfloat power_of_two(vfloat v) {
+    constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+    const vfloat shifted = v + kRound;
+    const vfloat f = v - (shifted - kRound);
+    // Interpolates 2^f at Chebyshev's points of [-1/2, 1/2].
+    vfloat p = f * 0.00133908634f + 0.00967603192f;
+    p = p * f + 0.0555035711f;
+    p = p * f + 0.240221075f;
+    p = p * f + 0.693147188f;
+    p = p * f + 1.00000008f;
+    return (vfloat)((vint)p + ((vint)shifted << 23));
 }
 
-template <class A>
-struct Normal {
-    vec<A> cdf;  // Phi(x)
-    vec<A> pdf;  // phi(x)
-};
-
-static inline Normal<float> normal(vec<float> x) {
-    const vec<float> half_square = x * x * -0.72134752f;  // -x^2 / 2 in powers of two
-    const vec<float> e = exp2_of(half_square < -126.0f ? all(-126.0f) : half_square);
-    const vec<float> z = (x < 0.0f ? -x : x) * 0.70710678f;
-    const vec<float> t = 1.0f / (1.0f + 0.3275911f * z);
-    vec<float> p = all(1.061405429f);
-    p = p * t - 1.453152027f;
-    p = p * t + 1.421413741f;
-    p = p * t - 0.284496736f;
-    p = p * t + 0.254829592f;
-    const vec<float> tail = 0.5f * p * t * e;  // Phi(-|x|)
-    return {x < 0.0f ? tail : 1.0f - tail, e * 0.39894228f};
+// |x|, held where Phi(-|x|) is nothing beside x and its exponential is still a normal number: so infinities meet no
+// zero. A NaN stays one.
+DICO_INLINE vfloat magnitude_of(vfloat x) {
+    const vfloat m = (vfloat)((vint)x & 0x7fffffff);
+    return m > 13.0f ? vfloat{} + 13.0f : m;
+}
+DICO_INLINE vdouble magnitude_of(vdouble x) {
+    const vdouble m = x < 0.0 ? -x : x;
+    return m > 37.0 ? vdouble{} + 37.0 : m;
 }
 
-static inline Normal<double> normal(vec<double> x) {
-    Normal<double> out;
-    for (int i = 0; i < lanes<double>; ++i) {
-        out.cdf[i] = 0.5 * erfc(-x[i] * 0.70710678118654752440);
-        out.pdf[i] = exp(-0.5 * x[i] * x[i]) * 0.39894228040143267794;
+// Phi(-m) for m >= 0, and exp(-m^2 / 2) which the density needs too. Abramowitz and Stegun 7.1.26, an error of at
+// most 1.5e-7 in erf; as the tail, so nothing cancels where it is small.
+DICO_INLINE vfloat upper_tail(vfloat m, vfloat& bell) {
+    constexpr float kP = 0.3275911f * 0.70710678f;  // its argument is m / sqrt(2)
+    const vfloat t = 1.0f / (m * kP + 1.0f);
+    bell = power_of_two(m * m * -0.72134752f);  // log2(e) / 2
+    vfloat p = t * (0.5f * 1.061405429f) - 0.5f * 1.453152027f;
+    p = p * t + 0.5f * 1.421413741f;
+    p = p * t - 0.5f * 0.284496736f;
+    p = p * t + 0.5f * 0.254829592f;
+    return p * t * bell;
+}
+DICO_INLINE vdouble upper_tail(vdouble m, vdouble& bell) {
+    vdouble tail;
+    for (int i = 0; i < kLanes<double>; ++i) {
+        tail[i] = 0.5 * erfc(0.70710678118654752440 * m[i]);
+        bell[i] = exp(-0.5 * m[i] * m[i]);
     }
-    return out;
+    return tail;
 }
 
+// x * Phi(x), as max(x, 0) less what the tail takes: one rounding where the result is large.
 template <class V>
-static inline V gelu(V x) {
-    return x * normal(x).cdf;
+DICO_INLINE V gelu(V x) {
+    V bell;
+    const V m = magnitude_of(x);
+    const V loss = m * upper_tail(m, bell);
+    return (x > 0 ? x : V{}) - loss;
 }
+// The slope at -m, and 1 less that at m.
 template <class V>
-static inline V gelu_derivative(V x) {
-    const auto n = normal(x);
-    return n.cdf + x * n.pdf;
+DICO_INLINE V gelu_slope(V x) {
+    using A = decltype(x[0] + x[0]);
+    constexpr A kDensity = static_cast<A>(0.39894228040143267794);  // 1 / sqrt(2 pi)
+    V bell;
+    const V m = magnitude_of(x);
+    const V tail = upper_tail(m, bell);
+    const V below = tail - m * bell * kDensity;
+    return x < 0 ? below : 1 - below;
 }

@@ -1,65 +1,74 @@
-// The operand of the skip fusion's matrix product, for some rows of the output image at a time: each output pixel's
-// shuffled channels, then its skip's. And back: such rows' gradient, taken apart. Rows come in pairs, the two that
-// one row of `up` shuffles into, so that its channels are read once, in order.
+// The two data movements around the product of pixel_shuffle_skip, for a stretch of rows of the small image at a
+// time: cat[PixelShuffle2(up), skip] as the rows of a matrix, and that matrix's gradient back to where it came
+// from. Pixel (2h + i, 2w + j), channel c of the shuffled image is pixel (h, w), channel 4c + 2i + j of up.
+// Elements are moved, not computed with, so only their size matters. Included inside the namespace of one
+// instruction set.
 
-// The four output pixels (2h + i, 2w + j) of one pixel of up, as pointers into the joined operand.
-template <class T>
-struct Quad {
-    T* pixel[4];
-    Quad(const ShuffleArgs& a, int64_t pair, int64_t column) {
-        const int64_t joined = a.shuffled + a.skipped;
-        for (int i = 0; i < 2; ++i)
-            for (int j = 0; j < 2; ++j)
-                pixel[2 * i + j] =
-                    static_cast<T*>(a.joined) + ((2 * pair + i) * 2 * a.width + 2 * column + j) * joined;
-    }
-};
-
-template <class T>
-static void pixel_shuffle_gather(const ShuffleArgs& a, int threads) {
-    parallel(a.count / 2, threads, [&](int64_t pair) {
-        const int64_t row = a.first / 2 + pair;  // of all images' rows of up
-        for (int64_t w = 0; w < a.width; ++w) {
-            const Quad<T> out(a, pair, w);
-            const T* __restrict__ up = static_cast<const T*>(a.up) + (row * a.width + w) * 4 * a.shuffled;
-            T* __restrict__ p0 = out.pixel[0], * __restrict__ p1 = out.pixel[1];
-            T* __restrict__ p2 = out.pixel[2], * __restrict__ p3 = out.pixel[3];
-#pragma omp simd
-            for (int64_t c = 0; c < a.shuffled; ++c) {
+template <class U>
+static void shuffle_gather_typed(const PixelShuffleArgs& a, int threads) {
+    const int64_t wide = a.channels + a.skip_channels;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t row = 0; row < a.rows; ++row) {
+        const U* up = static_cast<const U*>(a.up) + row * a.width * 4 * a.channels;
+        const U* skip = static_cast<const U*>(a.skip) + row * a.width * 4 * a.skip_channels;
+        U* top = static_cast<U*>(a.cat) + row * a.width * 4 * wide;
+        U* bottom = top + 2 * a.width * wide;
+        for (int64_t w = 0; w < a.width; ++w, up += 4 * a.channels) {
+            U* __restrict p0 = top + 2 * w * wide;
+            U* __restrict p1 = p0 + wide;
+            U* __restrict p2 = bottom + 2 * w * wide;
+            U* __restrict p3 = p2 + wide;
+            for (int64_t c = 0; c < a.channels; ++c) {
                 p0[c] = up[4 * c];
                 p1[c] = up[4 * c + 1];
                 p2[c] = up[4 * c + 2];
                 p3[c] = up[4 * c + 3];
             }
-            for (int q = 0; q < 4; ++q) {
-                const int64_t pixel = (2 * row + q / 2) * 2 * a.width + 2 * w + q % 2;
-                __builtin_memcpy(out.pixel[q] + a.shuffled, static_cast<const T*>(a.skip) + pixel * a.skipped,
-                                 a.skipped * sizeof(T));
-            }
         }
-    });
+        for (int64_t pixel = 0; pixel < 4 * a.width; ++pixel)
+            __builtin_memcpy(top + pixel * wide + a.channels, skip + pixel * a.skip_channels,
+                             static_cast<size_t>(a.skip_channels) * sizeof(U));
+    }
 }
 
-template <class T>
-static void pixel_shuffle_scatter(const ShuffleArgs& a, int threads) {
-    parallel(a.count / 2, threads, [&](int64_t pair) {
-        const int64_t row = a.first / 2 + pair;
-        for (int64_t w = 0; w < a.width; ++w) {
-            const Quad<T> in(a, pair, w);
-            T* __restrict__ up = static_cast<T*>(a.dup) + (row * a.width + w) * 4 * a.shuffled;
-            const T *p0 = in.pixel[0], *p1 = in.pixel[1], *p2 = in.pixel[2], *p3 = in.pixel[3];
-#pragma omp simd
-            for (int64_t c = 0; c < a.shuffled; ++c) {
+template <class U>
+static void shuffle_scatter_typed(const PixelShuffleArgs& a, int threads) {
+    const int64_t wide = a.channels + a.skip_channels;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t row = 0; row < a.rows; ++row) {
+        U* __restrict up = static_cast<U*>(a.up) + row * a.width * 4 * a.channels;
+        U* skip = static_cast<U*>(a.skip) + row * a.width * 4 * a.skip_channels;
+        const U* top = static_cast<const U*>(a.cat) + row * a.width * 4 * wide;
+        const U* bottom = top + 2 * a.width * wide;
+        for (int64_t w = 0; w < a.width; ++w, up += 4 * a.channels) {
+            const U* p0 = top + 2 * w * wide;
+            const U* p1 = p0 + wide;
+            const U* p2 = bottom + 2 * w * wide;
+            const U* p3 = p2 + wide;
+            for (int64_t c = 0; c < a.channels; ++c) {
                 up[4 * c] = p0[c];
                 up[4 * c + 1] = p1[c];
                 up[4 * c + 2] = p2[c];
                 up[4 * c + 3] = p3[c];
             }
-            for (int q = 0; q < 4; ++q) {
-                const int64_t pixel = (2 * row + q / 2) * 2 * a.width + 2 * w + q % 2;
-                __builtin_memcpy(static_cast<T*>(a.dskip) + pixel * a.skipped, in.pixel[q] + a.shuffled,
-                                 a.skipped * sizeof(T));
-            }
         }
-    });
+        for (int64_t pixel = 0; pixel < 4 * a.width; ++pixel)
+            __builtin_memcpy(skip + pixel * a.skip_channels, top + pixel * wide + a.channels,
+                             static_cast<size_t>(a.skip_channels) * sizeof(U));
+    }
+}
+
+static void shuffle_gather(Dtype dtype, const PixelShuffleArgs& a, int threads) {
+    switch (dtype) {
+        case Dtype::float64: return shuffle_gather_typed<uint64_t>(a, threads);
+        case Dtype::float32: return shuffle_gather_typed<uint32_t>(a, threads);
+        default: return shuffle_gather_typed<uint16_t>(a, threads);
+    }
+}
+static void shuffle_scatter(Dtype dtype, const PixelShuffleArgs& a, int threads) {
+    switch (dtype) {
+        case Dtype::float64: return shuffle_scatter_typed<uint64_t>(a, threads);
+        case Dtype::float32: return shuffle_scatter_typed<uint32_t>(a, threads);
+        default: return shuffle_scatter_typed<uint16_t>(a, threads);
+    }
 }

@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock) adaln_modulate_fwd_kern
         const P* x = reinterpret_cast<const P*>(static_cast<const T*>(a.x) + row * a.channels);
         const P* shift = reinterpret_cast<const P*>(static_cast<const T*>(a.shift) + image * a.shift_stride);
         const P* scale = reinterpret_cast<const P*>(static_cast<const T*>(a.scale) + image * a.scale_stride);
-        P* y = reinterpret_cast<P*>(static_cast<T*>(a.h) + row * a.channels);
+        P* y = reinterpret_cast<P*>(static_cast<T*>(a.y) + row * a.channels);
 
         A sum = 0;
         for (int64_t p = lane; p < packs; p += kWarp) {
@@ -96,11 +96,11 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock) adaln_modulate_fwd_kern
             }
         }
         const A rstd = reciprocal_root(warp_sum(squares) / static_cast<A>(a.channels) + static_cast<A>(a.eps));
-
         if (lane == 0) {
             static_cast<A*>(a.mean)[row] = mean;
             static_cast<A*>(a.rstd)[row] = rstd;
         }
+
         for (int64_t p = lane; p < packs; p += kWarp) {
             const P in = x[p], by = scale[p], plus = shift[p];
             P out;
@@ -129,7 +129,7 @@ cudaError_t launch(const AdalnArgs& a, int device, cudaStream_t stream) {
     const dim3 block(kWarp * kWarpsPerBlock);
     constexpr int V = 16 / sizeof(T);
     const bool wide =
-        a.channels % V == 0 && aligned(a.x, 16) && aligned(a.h, 16) && aligned(a.shift, 16) && aligned(a.scale, 16);
+        a.channels % V == 0 && aligned(a.x, 16) && aligned(a.y, 16) && aligned(a.shift, 16) && aligned(a.scale, 16);
     if (wide)
         adaln_modulate_fwd_kernel<T, V><<<grid, block, 0, stream>>>(a);
     else

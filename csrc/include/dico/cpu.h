@@ -8,18 +8,26 @@
 
 namespace dico::cpu {
 
-// One entry a kernel; csrc/cpu/ has them under the same names.
+template <class Args>
+using Kernel = void (*)(Dtype, const Args&, int threads);
+
 struct Kernels {
     const char* isa;
-    void (*adaln_forward)(Dtype, const AdalnArgs&, int threads);
-    void (*adaln_backward)(Dtype, const AdalnArgs&, int threads);
-    void (*channel_sums)(Dtype, const ChannelArgs&, int threads);
-    void (*channel_affine)(Dtype, const ChannelArgs&, int threads);
-    void (*depthwise_forward)(Dtype, const DepthwiseArgs&, int threads);
-    void (*depthwise_backward)(Dtype, const DepthwiseArgs&, int threads);
-    int64_t (*depthwise_workspace)(Dtype, const DepthwiseArgs&);  // bytes that backward needs
-    void (*shuffle_gather)(Dtype, const ShuffleArgs&, int threads);
-    void (*shuffle_scatter)(Dtype, const ShuffleArgs&, int threads);
+    Kernel<AdalnArgs> adaln_modulate;
+    Kernel<AdalnBackwardArgs> adaln_modulate_backward;
+    Kernel<GatedArgs> gated_residual;
+    Kernel<GatedBackwardArgs> gated_residual_backward;
+    Kernel<GatedAdalnArgs> gated_residual_adaln;
+    Kernel<AdalnBackwardArgs> gated_residual_adaln_backward;
+    Kernel<ChannelSumArgs> channel_sums;
+    Kernel<ChannelSumArgs> channel_dots;
+    Kernel<ChannelAffineArgs> channel_affine;
+    // Bytes of scratch that depthwise or depthwise_backward wants, aligned to 64.
+    int64_t (*depthwise_scratch)(Dtype, int64_t channels, int64_t width, int64_t k, bool backward, int threads);
+    Kernel<DepthwiseArgs> depthwise;
+    Kernel<DepthwiseBackwardArgs> depthwise_backward;
+    Kernel<PixelShuffleArgs> shuffle_gather;
+    Kernel<PixelShuffleArgs> shuffle_scatter;
 };
 
 // Names compiled in that this processor can run, best first.

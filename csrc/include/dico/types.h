@@ -1,6 +1,7 @@
 // Element types and arguments of the kernels. Shared with CUDA code, so only what every compiler here understands.
-// Images are (images, rows, channels) or (images, height, width, channels), contiguous: channels_last memory. A
-// null pointer is an argument that is absent. Accumulation is in float, for double in double.
+// Images are channels_last memory: (images, rows, channels) contiguous, rows = H * W. Statistics, reduced gradients
+// and `partial` are float (double for double). A stride is in elements, from one image's vector to the next; 0
+// broadcasts.
 #pragma once
 
 #include <cstdint>
@@ -10,53 +11,136 @@ namespace dico {
 // Numbered as dico_kernels/native.py numbers torch's dtypes.
 enum class Dtype : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
 
-// Pixels that share one partial sum. Fixed, so that results do not depend on the number of threads.
-constexpr int64_t kRowBlock = 16;
-constexpr int64_t row_blocks(int64_t rows) { return (rows + kRowBlock - 1) / kRowBlock; }
-// Sums that adaLN's backward keeps for each channel: of gate, shift and scale.
-constexpr int64_t kSums = 3;
-
-// adaLN, gated residual, or both: see csrc/cpu/adaln.h. Strides are elements from one image's vector to the next; 0
-// broadcasts.
-struct AdalnArgs {
-    int64_t images, rows, channels;
-    const void *x, *branch, *gate, *shift, *scale;
-    int64_t gate_stride, shift_stride, scale_stride;
-    double eps;
-    const void *dy, *dh;  // backward: gradients of the residual stream and of adaLN's output
-    void *y, *h;          // forward: residual stream, adaLN's output; backward: gradients of x and branch
-    void *mean, *rstd;    // (images, rows), accumulation type; written forward, read backward
-    void* sums;           // backward: (images, kSums, channels), accumulation type
-    void* workspace;      // backward: (images, row_blocks(rows), kSums, channels), accumulation type
+struct Image {
+    int64_t images;
+    int64_t rows;
+    int64_t channels;
+    int64_t block_rows;  // an image's rows are divided into blocks of so many; the CPU kernels' unit of work
 };
 
-// Sums over pixels (y: (images, channels), accumulation type), or y = x * s + z * r + shift.
-struct ChannelArgs {
-    int64_t images, rows, channels;
-    const void *x, *z;
-    const void *s, *r, *shift;  // accumulation type
-    int64_t s_stride, r_stride, shift_stride;
+struct AdalnArgs : Image {
+    const void* x;
+    const void* shift;
+    const void* scale;
     void* y;
-    void* workspace;  // sums: (images, row_blocks(rows), channels), accumulation type
+    void* mean;  // (images, rows), as rstd
+    void* rstd;
+    int64_t shift_stride;
+    int64_t scale_stride;
+    double eps;
+};
+
+struct GatedArgs : Image {
+    const void* x;
+    const void* branch;
+    const void* gate;
+    void* y;
+    int64_t gate_stride;
+};
+
+struct GatedBackwardArgs : Image {
+    const void* dy;
+    const void* branch;
+    const void* gate;
+    void* dbranch;
+    void* dgate;
+    void* partial;  // (blocks, channels)
+    int64_t gate_stride;
+};
+
+struct GatedAdalnArgs : Image {
+    const void* x;
+    const void* branch;
+    const void* gate;
+    const void* shift;
+    const void* scale;
+    void* y;
+    void* h;
+    void* mean;
+    void* rstd;
+    int64_t gate_stride;
+    int64_t shift_stride;
+    int64_t scale_stride;
+    double eps;
+};
+
+// Of adaLN alone, which leaves dy, branch, gate, dbranch and dgate null, or of the gated residual with it.
+struct AdalnBackwardArgs : Image {
+    const void* dy;
+    const void* dh;  // the gradient of the normalised output
+    const void* x;   // what was normalised
+    const void* branch;
+    const void* gate;
+    const void* scale;
+    const void* mean;
+    const void* rstd;
+    void* dx;
+    void* dbranch;
+    void* dgate;
+    void* dshift;
+    void* dscale;
+    void* partial;  // (blocks, 2, channels), or 3 with the gate
+    int64_t gate_stride;
+    int64_t scale_stride;
 };
 
 struct DepthwiseArgs {
+    const void* x;
+    const void* weight;  // (channels, k, k)
+    const void* bias;    // or null
+    void* y;
+    void* scratch;
     int64_t images, height, width, channels;
-    int k;
-    bool gelu;
-    const void *x, *weight, *bias;  // weight (channels, k, k)
-    const void* dy;
-    void* y;                // output, or the gradient of x
-    void *dweight, *dbias;  // accumulation type
-    void* workspace;
+    int64_t k;
+    int64_t gelu;
+    int64_t block_height;  // rows of an image that are one unit of work
 };
 
-// Rows [first, first + count) of the (images * 2 height) rows of an output 2 width wide.
-struct ShuffleArgs {
-    int64_t height, width, shuffled, skipped, first, count;
-    const void *up, *skip;
-    void *dup, *dskip;
-    void* joined;  // (count * 2 width, shuffled + skipped)
+struct DepthwiseBackwardArgs {
+    const void* dy;
+    const void* x;
+    const void* weight;
+    const void* bias;
+    void* dx;
+    void* dweight;
+    void* dbias;
+    void* partial;  // (partitions, k * k + 1, channels)
+    void* scratch;
+    int64_t images, height, width, channels;
+    int64_t k;
+    int64_t gelu;
+    int64_t block_height;
+    int64_t partitions;
+};
+
+struct ChannelSumArgs : Image {
+    const void* a;
+    const void* b;  // null for plain sums
+    void* out;
+    void* partial;  // (blocks, channels)
+};
+
+struct ChannelAffineArgs : Image {
+    const void* x;
+    const void* s;
+    const void* shift;  // or null
+    const void* z;      // or null, with r
+    const void* r;
+    void* y;
+    int64_t s_stride;
+    int64_t shift_stride;
+    int64_t r_stride;
+};
+
+// rows: rows of small images, (rows, width, 4 * channels) in up; two rows of twice the width in skip and cat for
+// each.
+struct PixelShuffleArgs {
+    void* up;
+    void* skip;
+    void* cat;  // (4 * rows * width, channels + skip_channels)
+    int64_t rows, width;
+    int64_t channels;
+    int64_t skip_channels;
 };
 
 }  // namespace dico

@@ -1,0 +1,60 @@
+// What kernels over (images, rows, channels) share: how the rows are divided among threads, and how the sums over
+// rows of one image are put together. The division depends on the shape alone, never on the number of threads, so
+// neither the order of any sum nor the compiled code that a row meets depends on it.
+
+// Rows handled together, so that what is loaded once for a channel serves them all and their sums overlap.
+#if defined(__AVX512F__)
+constexpr int kGroup = 4;
+#else
+constexpr int kGroup = 2;
+#endif
+
+DICO_INLINE int64_t blocks_of(const Image& i) { return (i.rows + i.block_rows - 1) / i.block_rows; }
+
+// body(image, first row, one past the last row, number of the block among all images' blocks)
+template <class Body>
+static inline void each_block(const Image& i, int threads, Body body) {
+    const int64_t blocks = blocks_of(i);
+    const int64_t total = i.images * blocks;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t block = 0; block < total; ++block) {
+        const int64_t first = (block % blocks) * i.block_rows;
+        const int64_t end = first + i.block_rows;
+        body(block / blocks, first, end < i.rows ? end : i.rows, block);
+    }
+}
+
+template <int n>
+struct Count {
+    static constexpr int value = n;
+};
+
+// body(row, Count of rows): groups of kGroup rows, then single ones.
+template <class Body>
+DICO_INLINE void each_group(int64_t first, int64_t end, Body body) {
+    int64_t row = first;
+    for (; row + kGroup <= end; row += kGroup) body(row, Count<kGroup>{});
+    for (; row < end; ++row) body(row, Count<1>{});
+}
+
+// out[image][c] = the sum over an image's blocks of partial[block][c], in the order of the blocks. One partial is
+// `stride` elements after the other.
+template <class A>
+static void sum_blocks(const A* partial, int64_t stride, A* out, const Image& i, int threads) {
+    constexpr int64_t kChunk = 256;
+    const int64_t blocks = blocks_of(i);
+    const int64_t chunks = (i.channels + kChunk - 1) / kChunk;
+    const int64_t total = i.images * chunks;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && blocks * i.channels > 8192)
+    for (int64_t unit = 0; unit < total; ++unit) {
+        const int64_t image = unit / chunks, begin = (unit % chunks) * kChunk;
+        const int64_t left = i.channels - begin;
+        const A* from = partial + image * blocks * stride + begin;
+        A* to = out + image * i.channels + begin;
+        each_vector<A>(left < kChunk ? left : kChunk, [&](int64_t c, auto lanes) {
+            vec_t<A> sum = {};
+            for (int64_t b = 0; b < blocks; ++b) sum += vload(from + b * stride + c, lanes);
+            vstore(to + c, sum, lanes);
+        });
+    }
+}

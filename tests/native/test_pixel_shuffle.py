@@ -1,0 +1,91 @@
+"""The native pixel_shuffle_skip on every instruction set, against float64 autograd of the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dico_kernels import native
+from dico_kernels.reference import functional as F
+
+# up's batch, shuffled channels, height, width; skip channels; output channels
+CASES = [(1, 1, 1, 1, 1, 1), (2, 5, 3, 7, 3, 4), (3, 17, 2, 2, 20, 9), (1, 33, 1, 9, 8, 16), (2, 64, 4, 6, 64, 40)]
+
+
+def inputs(case, dtype, image):
+    n, c, h, w, s, k = case
+    weight = torch.randn(k, c + s, 1, 1, dtype=torch.float64) / (c + s) ** 0.5
+    bias = torch.randn(k, dtype=torch.float64)
+    args = image((n, 4 * c, h, w), dtype), image((n, s, 2 * h, 2 * w), dtype), weight.to(dtype), bias.to(dtype)
+    return args, image((n, k, 2 * h, 2 * w), dtype)
+
+
+def evaluate(args, dy):
+    results = [native.pixel_shuffle_skip(*args), *native.pixel_shuffle_skip_backward(dy, *args[:3])]
+    for t in results[:3]:
+        assert t.dtype == args[0].dtype
+        assert t.is_contiguous(memory_format=torch.channels_last)
+    assert results[3].dtype == results[4].dtype == native.accumulator(args[0].dtype)
+    return results
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_against_float64(isa, case, dtype, image, check):
+    args, dy = inputs(case, dtype, image)
+    check(evaluate(args, dy), F.pixel_shuffle_skip, args, [dy])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_in_chunks(isa, dtype, image, check, monkeypatch):
+    """Chunks that divide neither the image nor the batch; as small as a row; and whole."""
+    args, dy = inputs((2, 12, 5, 4, 7, 6), dtype, image)
+    for size in (1, 3000, 1 << 22):
+        monkeypatch.setattr(native, "_CHUNK_BYTES", size)
+        check(evaluate(args, dy), F.pixel_shuffle_skip, args, [dy])
+
+
+def test_moves_elements_exactly(isa, image):
+    """With the identity as weight the output is the concatenation itself."""
+    up, skip = image((2, 20, 3, 4), torch.float64), image((2, 6, 6, 8), torch.float64)
+    weight = torch.eye(11, dtype=torch.float64)[:, :, None, None].contiguous()
+    out = native.pixel_shuffle_skip(up, skip, weight, None)
+    assert torch.equal(out, torch.cat([torch.nn.functional.pixel_shuffle(up, 2), skip], 1))
+    dup, dskip, _, _ = native.pixel_shuffle_skip_backward(out, up, skip, weight)
+    assert torch.equal(dup, up)
+    assert torch.equal(dskip, skip)
+
+
+def test_workspace_is_a_chunk(image, monkeypatch):
+    """Beyond its results, nothing that grows with the image is allocated by this package."""
+    args, dy = inputs((1, 16, 64, 64, 16, 16), torch.float32, image)
+    monkeypatch.setattr(native, "_CHUNK_BYTES", 1 << 16)
+    sizes, allocate = [], torch.Tensor.new_empty
+    monkeypatch.setattr(
+        torch.Tensor, "new_empty", lambda t, *a: sizes.append(allocate(t, *a).nbytes) or allocate(t, *a)
+    )
+    evaluate(args, dy)
+    assert max(sizes) == 1 << 16
+
+
+def test_same_bits_on_any_number_of_threads(isa, image, same_bits):
+    args, dy = inputs((2, 40, 6, 5, 24, 32), torch.float32, image)
+    same_bits(lambda: evaluate(args, dy))
+
+
+def test_bad_arguments_are_named(image):
+    (up, skip, weight, bias), dy = inputs((2, 3, 2, 2, 4, 5), torch.float32, image)
+    for named, call in {
+        "up has strides": lambda: native.pixel_shuffle_skip(up.contiguous(), skip, weight, bias),
+        "up has 11 channels": lambda: native.pixel_shuffle_skip(
+            up[:, :11].contiguous(memory_format=torch.channels_last), skip, weight, bias
+        ),
+        "skip has shape": lambda: native.pixel_shuffle_skip(up, skip[:1], weight, bias),
+        "weight has shape": lambda: native.pixel_shuffle_skip(up, skip, weight[:, :6], bias),
+        "bias has shape": lambda: native.pixel_shuffle_skip(up, skip, weight, bias[:4]),
+        "dy has shape": lambda: native.pixel_shuffle_skip_backward(dy[:1], up, skip, weight),
+    }.items():
+        with pytest.raises(ValueError, match=named):
+            call()
+    meta = [v.to("meta") for v in (up, skip, weight, bias)]
+    with pytest.raises(RuntimeError, match="shuffle_gather: the native kernel runs on cpu only"):
+        native.pixel_shuffle_skip(*meta)
