@@ -46,6 +46,18 @@ def test_a_run_prints_its_tables_and_writes_them(measured):
     assert result["preset"] == "smoke"
 
 
+@pytest.mark.parametrize(("preset", "kinds"), [("cpu", "half model"), ("ops", "op"), ("smoke", "half model op")])
+def test_every_preset_collects_only_what_it_has(preset, kinds):
+    done = run_python(
+        "-m", "pytest", str(ROOT / "benchmarks"), "--benchmark-only", "--preset", preset, "--collect-only", "-q",
+        "-p", "no:cacheprovider", cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    collected = [line.split("::")[1] for line in done.stdout.splitlines() if "::" in line]
+    assert {line.split("[")[0].removeprefix("test_") for line in collected} == set(kinds.split())
+    assert "NOTSET" not in done.stdout
+
+
 def test_pytest_benchmark_sees_the_interleaved_samples(measured):
     path, printed = measured
     row = report.load(path)["models"][0]
