@@ -6,6 +6,7 @@ A backend is a set of functions under the names of the kernel interface (``adaln
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import warnings
@@ -41,27 +42,13 @@ class Choice:
     refusals: dict[str, str]
 
 
+@functools.cache
 def _triton() -> ModuleType | str:
-    """The Triton kernels, or why there are none."""
+    """The Triton kernels, or why there are none; at first use, since importing Triton takes a second."""
     try:
         return importlib.import_module("dico_kernels.kernels.entries")
     except ImportError as error:
         return f"Triton cannot be imported ({error})"
-
-
-class _Lazy:
-    """The Triton kernels, imported at first use: importing Triton takes a second that CPU users need not spend."""
-
-    def __init__(self) -> None:
-        self.found: ModuleType | str | None = None
-
-    def get(self) -> ModuleType | str:
-        if self.found is None:
-            self.found = _triton()
-        return self.found
-
-
-_TRITON = _Lazy()
 
 
 def interpreting() -> bool:
@@ -72,7 +59,7 @@ def interpreting() -> bool:
 def _why_not_triton(entry: str, x: Tensor) -> str | None:
     if x.device.type != "cuda" and not interpreting():
         return f"Triton compiles for GPUs; x is on {x.device}"
-    kernels = _TRITON.get()
+    kernels = _triton()
     if isinstance(kernels, str):
         return kernels
     return None if hasattr(kernels, entry) else f"has no {entry}"
@@ -107,7 +94,7 @@ def _reference() -> ModuleType:
 
 # In the order "auto" tries them.
 _BACKENDS: dict[str, tuple[Callable[[str, Tensor], str | None], Callable[[], Any]]] = {
-    "triton": (_why_not_triton, _TRITON.get),
+    "triton": (_why_not_triton, _triton),
     "cuda": (_why_not_cuda, lambda: native),
     "native": (_why_not_native, lambda: native),
     "reference": (_why_not_reference, _reference),
