@@ -81,6 +81,7 @@ setup(
     packages=[
         "dico_kernels",
         "dico_kernels.kernels",
+        "dico_kernels.nn",
         "dico_kernels.ops",
         "dico_kernels.reference",
         "dico_kernels.benchmarks",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dico_kernels import create_model
+from dico_kernels import GraphRunner, create_model, fuse
 from dico_kernels.reference import functional as reference
 from dico_kernels.reference.base import Denoiser
 from dico_kernels.reference.dico import DiCoBlock
@@ -26,7 +26,7 @@ from .harness import Contender, relative_error
 from .limits import bytes_moved
 from .presets import HalfArena, ModelArena
 
-DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _CHECKED_IMAGES = 2  # errors are measured on the first images of a batch
 _L2_BYTES = 100 * 2**20  # above any current L2 or L3: input sets together should exceed it, up to _MAX_SETS
 _MAX_SETS = 4
@@ -49,11 +49,16 @@ def precision(dtype: str) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = cudnn
 
 
-@functools.lru_cache(maxsize=3)
 def _filled(name: str, latent: int) -> Denoiser:
-    """A model with hard weights, float32, on the CPU; a scale's three models are kept."""
-    overrides: dict[str, Any] = {"input_size": latent} if name.startswith("DiT") else {}
-    fill_(model := create_model(name, **overrides))
+    """A model with hard weights, float32, on the CPU. Only DiT's depends on the latent's size."""
+    return _filled_once(name, latent if name.startswith("DiT") else 0)
+
+
+@functools.lru_cache(maxsize=3)
+def _filled_once(name: str, latent: int) -> Denoiser:
+    """A scale's three models are kept."""
+    overrides: dict[str, Any] = {"input_size": latent} if latent else {}
+    fill_(model := create_model(name, fused=False, **overrides))
     return model.eval()
 
 
@@ -112,7 +117,8 @@ def _inputs(arena: ModelArena, index: int, channels: int) -> tuple[Tensor, Tenso
     return x, (images * 389 + 500) % 1000, (images * 207 + 7) % 1000
 
 
-def _timed(call: Callable[[], object], device: torch.device) -> float:
+def timed(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds that one call takes."""
     start = time.perf_counter()
     call()
     if device.type == "cuda":
@@ -120,15 +126,21 @@ def _timed(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def _compiled(fn: Any, device: torch.device) -> Any:
+def compiled(fn: Any, device: torch.device, default: bool = False) -> Any:
+    """torch.compile at its best on a device, or, where asked for, in its default mode."""
     # max-autotune tries many GEMM tilings and uses CUDA graphs; Inductor's CPU code has nothing like it to try.
     # Caches on disk are left out, or a second run would report the time of reading them as compile time.
     torch.compiler.config.force_disable_caches = True
-    return torch.compile(fn, mode="max-autotune") if device.type == "cuda" else torch.compile(fn)
+    return torch.compile(fn) if default or device.type == "cpu" else torch.compile(fn, mode="max-autotune")
 
 
 def model_contender(arena: ModelArena, name: str, how: str, device: torch.device) -> Contender:
-    """A model of an arena, ready to run one inference call or training step."""
+    """A model of an arena, ready to run one inference call or training step.
+
+    ``how``: eager, channels_last, fused (dico_kernels.fuse), each of them with ``_graph`` (a GraphRunner's CUDA graph);
+    compile (max-autotune on a GPU), compile_default, compile_linear, compile_flash, compile_cudnn.
+    """
+    graphed, how = how.endswith("_graph"), how.removesuffix("_graph")
     source = _filled(name, arena.resolution // 8)
     training, dtype = arena.mode == "training", DTYPES[arena.dtype]
     model: nn.Module = copy.deepcopy(source).to(device)
@@ -138,6 +150,8 @@ def model_contender(arena: ModelArena, name: str, how: str, device: torch.device
         model = with_linear_pointwise(model)
     elif how in _SDPA:
         model = with_pinned_attention(model, _SDPA[how])
+    elif how == "fused":
+        model = fuse(model)
     model = model.to(dtype=weights).to(memory_format=layout).train(training)  # type: ignore[call-overload]
     one = arena.batch * source.in_channels * (arena.resolution // 8) ** 2 * 4
     sets = [
@@ -147,7 +161,8 @@ def model_contender(arena: ModelArena, name: str, how: str, device: torch.device
         )
         for index in range(max(1, min(_MAX_SETS, _L2_BYTES // one)))
     ]
-    forward = _compiled(model, device) if how.startswith("compile") else model
+    forward: Any = compiled(model, device, how == "compile_default") if how.startswith("compile") else model
+    runner = forward = GraphRunner(model) if graphed else forward
     guards = functools.partial(_guards, arena.dtype, training, device)
     step = _training_step(forward, model, source.out_channels, guards) if training else None
 
@@ -159,7 +174,9 @@ def model_contender(arena: ModelArena, name: str, how: str, device: torch.device
             out: Tensor = forward(*inputs)
         return out
 
-    first = _timed(lambda: run(0), device)
+    first = timed(lambda: run(0), device)
+    if graphed and (refused := [row.reason for row in runner.explain() if row.how != "graph"]):
+        raise RuntimeError(f"no CUDA graph: {refused[0]}")
     side = arena.resolution // 8
     error = None
     if not training:
@@ -171,7 +188,7 @@ def model_contender(arena: ModelArena, name: str, how: str, device: torch.device
         error=error,
         macs=None if training else count_macs(source, side, side, arena.batch),
         moved=None if training else bytes_moved(source, side, side, arena.batch, weights.itemsize),
-        graphed=how.startswith("compile") and device.type == "cuda",
+        graphed=graphed or (how.startswith("compile") and how != "compile_default" and device.type == "cuda"),
     )
 
 
@@ -253,7 +270,7 @@ def half_contender(arena: HalfArena, op: str, how: str, device: torch.device) ->
     layout = torch.contiguous_format if how == "eager" or op != "conv_half" else torch.channels_last
     half = half.to(device, dtype).to(memory_format=layout)  # type: ignore[call-overload]
     args = [x.to(device, dtype, memory_format=layout), *(v.to(device, dtype) for v in vectors)]
-    forward = _compiled(half, device) if how == "compile" else half
+    forward = compiled(half, device) if how == "compile" else half
 
     def run(i: int) -> Tensor:
         del i
@@ -261,7 +278,7 @@ def half_contender(arena: HalfArena, op: str, how: str, device: torch.device) ->
             out: Tensor = forward(*args)
         return out
 
-    first = _timed(lambda: run(0), device)
+    first = timed(lambda: run(0), device)
     weights = sum(p.numel() for name, p in half.named_parameters() if _is_used(name))
     return Contender(
         run,

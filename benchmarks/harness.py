@@ -69,15 +69,17 @@ def relative_error(out: Tensor, truth: Tensor) -> float:
     return float((out.double() - truth).norm() / truth.norm())
 
 
-def interleave(contenders: dict[str, Contender], rounds: int, device: torch.device) -> dict[str, Measurement]:
+def interleave(
+    contenders: dict[str, Contender], rounds: int, device: torch.device, sample_s: float | None = None
+) -> dict[str, Measurement]:
     """Time every contender ``rounds`` times, taking turns, the order rotating by one each round.
 
     Taking turns lets a drift of the machine's speed fall on all of them alike; rotating keeps any one from always
-    following the same neighbour.
+    following the same neighbour. ``sample_s``: seconds a sample lasts at least, if not the device's usual.
     """
     found = {name: Measurement() for name in contenders}
     calls: dict[str, int] = {}
-    target = _GPU_SAMPLE_S if device.type == "cuda" else _CPU_SAMPLE_S
+    target = sample_s or (_GPU_SAMPLE_S if device.type == "cuda" else _CPU_SAMPLE_S)
 
     def attempt(name: str, step: Callable[[], None]) -> None:
         try:

@@ -87,6 +87,61 @@ def bytes_moved(model: Denoiser, height: int, width: int, batch: int, element_si
     return element_size * (batch * activation_elements(model, height, width) + weights)
 
 
+@dataclass(frozen=True)
+class _OpWork:
+    """What an op must do for each pixel, in channels C and inner channels K = inner * C.
+
+    Attributes:
+        forward: elements read and written, (C, K) -> number, with everything elementwise fused.
+        backward: the same for the backward pass; what forward need not keep is recomputed on the way.
+        products: elements of the weights that matrix products use, (C, K) -> number: also its MACs a pixel.
+        inner: K over C.
+    """
+
+    forward: Callable[[int, int], int]
+    backward: Callable[[int, int], int]
+    products: Callable[[int, int], int]
+    inner: int = 1
+
+
+def _none(c: int, k: int) -> int:
+    del c, k
+    return 0
+
+
+# Backward passes: a gradient of a product's input reads dy and writes dx, one of its weight reads both its input and
+# dy; what has a reduction over the image in its middle (channel attention, GRN) reads its inputs twice.
+_OP_WORK = {
+    "adaln_modulate": _OpWork(lambda c, k: 2 * c, lambda c, k: 3 * c, _none),
+    "gated_residual": _OpWork(lambda c, k: 3 * c, lambda c, k: 3 * c, _none),
+    "gated_residual_adaln": _OpWork(lambda c, k: 4 * c, lambda c, k: 6 * c, _none),
+    "pointwise_depthwise_gelu": _OpWork(lambda c, k: c + 3 * k, lambda c, k: 2 * c + 5 * k, lambda c, k: c * k),
+    "cca_gate": _OpWork(lambda c, k: 3 * c, lambda c, k: 4 * c, _none),
+    "depthwise_adaln": _OpWork(lambda c, k: 2 * c, lambda c, k: 3 * c, _none),
+    "grn": _OpWork(lambda c, k: 3 * c, lambda c, k: 5 * c, _none),
+    "pixel_shuffle_skip": _OpWork(lambda c, k: 2 * c, lambda c, k: 4 * c, lambda c, k: c * c),
+    "conv_half": _OpWork(lambda c, k: 3 * c + 4 * k, lambda c, k: 6 * c + 7 * k, lambda c, k: 2 * c * k),
+    "ffn_half": _OpWork(lambda c, k: 3 * c + 2 * k, lambda c, k: 6 * c + 5 * k, lambda c, k: 2 * c * k, 2),
+    "fcdm_block": _OpWork(lambda c, k: 5 * c + 2 * k, lambda c, k: 11 * c + 8 * k, lambda c, k: 2 * c * k, 3),
+}
+
+
+def op_work(op: str, batch: int, channels: int, side: int, backward: bool, element_size: int) -> tuple[int, int]:
+    """(MACs of matrix products, least bytes) of a fused op on (batch, channels, side, side) images.
+
+    Depthwise taps and per-sample vectors count for nothing: neither binds. With ``backward``: of forward and backward.
+    Weights of products are read by forward, read again and their gradients written by backward.
+    """
+    work, pixels = _OP_WORK[op], batch * side**2
+    c, k = channels, work.inner * channels
+    elements = pixels * work.forward(c, k) + work.products(c, k)
+    macs = pixels * work.products(c, k)
+    if backward:
+        elements += pixels * work.backward(c, k) + 2 * work.products(c, k)
+        macs *= 3
+    return macs, elements * element_size
+
+
 def measure_ceiling(device: torch.device, dtype: torch.dtype) -> Ceiling:
     """Measure both ceilings now: the best of two matrix shapes, and a large device-to-device copy.
 

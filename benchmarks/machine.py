@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import re
@@ -83,3 +84,19 @@ def clocks(device: torch.device) -> str | None:
     except OSError:
         return None
     return f"{round(max(map(float, found)))} MHz" if found else None
+
+
+def keep_heap() -> bool:
+    """Let the C library keep freed memory for the next allocation, for all contenders alike; whether it will.
+
+    glibc by default gives the top of its heap back to the system whenever enough of it is free, so whether an op's
+    fresh pages are counted in its time is decided by what was freed before it, and changes from run to run by a
+    factor of three. PyTorch's tuning guide advises a caching allocator on CPUs for that reason. This favours whoever
+    allocates most: the unfused contenders.
+    """
+    try:
+        c = ctypes.CDLL("libc.so.6")
+        threshold, trim = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+        return bool(c.mallopt(threshold, 1 << 30) and c.mallopt(trim, (1 << 31) - 1))
+    except (OSError, AttributeError):
+        return False

@@ -11,6 +11,8 @@ PRESETS: dict[str, str] = {
     "smoke": "seconds: one model size, batch 1, to see that everything runs",
     "cpu": "under 3 minutes on 2 cores: size S, batch 1 and 4, eager",
     "gpu": "sizes S and XL, batch 1 and 64, eager and torch.compile, inference and training",
+    "blocks": "each block of sizes S and XL fused, against eager and, for S, torch.compile: some 15 minutes on a CPU",
+    "targets": "DiCo-S and FCDM-S at 256, batch 4, inference and training, with torch.compile: half an hour on a CPU",
     "ops": "each fused op against the best eager layout at the level shapes of sizes S and XL: some 4 minutes on a CPU",
     "full": "every size the device can hold, all batches, torch.compile: hours on a GPU, an hour on a CPU",
 }
@@ -22,13 +24,16 @@ SCALES = {
     "H": ("DiCo-H", "FCDM-XL", "DiT-XL/2"),  # DiCo's largest, beside the others' largest
 }
 
+# Scales without the others of their size: what takes part beside them changes nothing, and torch.compile takes minutes.
+ALONE = {"DiCo-S": ("DiCo-S",), "FCDM-S": ("FCDM-S",)}
+
 
 @dataclass(frozen=True)
 class ModelArena:
     """Models of one scale under equal conditions.
 
     Attributes:
-        scale: key of SCALES.
+        scale: key of SCALES, or of ALONE.
         resolution: image pixels a side; the latent has an eighth.
         batch: images a call; t and y differ by image.
         dtype: "fp32" (torch's default flags: cuDNN may use TF32, matmuls not), "tf32" (both may) or "bf16" (bfloat16
@@ -48,9 +53,9 @@ class ModelArena:
 
     def rows(self, gpu: bool) -> Iterator[tuple[str, str]]:
         """(model, contender) of everything that takes part."""
-        for model in SCALES[self.scale]:
+        for model in {**SCALES, **ALONE}[self.scale]:
             dit, training = model.startswith("DiT"), self.mode == "training"
-            contenders = ["eager"] if dit else ["eager", "channels_last"]
+            contenders = ["eager"] if dit else ["eager", "channels_last", "fused"]
             if training and gpu and not dit:
                 contenders.remove("eager")  # each keeps weights and optimiser state: all at once must fit the card
             if self.compiled:
@@ -90,14 +95,15 @@ class HalfArena:
 
 @dataclass(frozen=True)
 class OpArena:
-    """One fused op at one shape, against its definition in both memory layouts.
+    """One fused op, or a whole block, at one shape, against its definition in both memory layouts.
 
     Attributes:
-        op: name in dico_kernels.ops.
+        op: name in dico_kernels.ops; or "dico_block" or "fcdm_block".
         size: "S" or "XL", whose level the shape is.
         batch, channels, side: the image that the op works on; for pixel_shuffle_skip, the one it returns.
         dtype: "fp32" or "bf16".
         backward: whether a sample is forward and backward.
+        compiled: whether torch.compile takes part.
     """
 
     op: str
@@ -108,6 +114,7 @@ class OpArena:
     dtype: str
     backward: bool
     rounds: int = 9
+    compiled: bool = False
 
     @property
     def mode(self) -> str:
@@ -116,7 +123,9 @@ class OpArena:
 
     def rows(self, gpu: bool) -> Iterator[tuple[str, str]]:
         """(op, contender) of everything that takes part."""
-        for contender in ("eager", "channels_last", "triton" if gpu else "native"):
+        block = self.op in BLOCKS
+        contenders = ["eager", "channels_last", "fused" if block else "triton" if gpu else "native"]
+        for contender in [*contenders, *(["compile"] if self.compiled else [])]:
             yield self.op, contender
 
     def title(self) -> str:
@@ -125,29 +134,61 @@ class OpArena:
         return f"{self.op}-{self.size}-{shape}-{self.dtype}-{self.mode}"
 
 
+BLOCKS = ("dico_block", "fcdm_block")
 # (channels over D, 32 over the side) of the levels each op meets; FCDM's GRN sees three times the width.
-_DICO_LEVELS = ((1, 1), (2, 1), (2, 2), (4, 4))
-_FCDM_LEVELS = ((1, 1), (2, 2), (4, 4))
-_OP_LEVELS = {
-    "adaln_modulate": ("DiCo", _DICO_LEVELS),
-    "gated_residual": ("DiCo", _DICO_LEVELS),
-    "gated_residual_adaln": ("DiCo", _DICO_LEVELS),
-    "pointwise_depthwise_gelu": ("DiCo", _DICO_LEVELS),
-    "cca_gate": ("DiCo", _DICO_LEVELS),
-    "depthwise_adaln": ("FCDM", _FCDM_LEVELS),
-    "grn": ("FCDM", tuple((3 * c, s) for c, s in _FCDM_LEVELS)),
+DICO_LEVELS = ((1, 1), (2, 1), (2, 2), (4, 4))
+FCDM_LEVELS = ((1, 1), (2, 2), (4, 4))
+# The branches, whose rows say who multiplies; only `bench gpu` measures them level by level.
+BRANCH_LEVELS = {
+    "conv_half": ("DiCo", DICO_LEVELS),
+    "ffn_half": ("DiCo", DICO_LEVELS),
+    "fcdm_block": ("FCDM", FCDM_LEVELS),
+}
+OP_LEVELS = {
+    "adaln_modulate": ("DiCo", DICO_LEVELS),
+    "gated_residual": ("DiCo", DICO_LEVELS),
+    "gated_residual_adaln": ("DiCo", DICO_LEVELS),
+    "pointwise_depthwise_gelu": ("DiCo", DICO_LEVELS),
+    "cca_gate": ("DiCo", DICO_LEVELS),
+    "depthwise_adaln": ("FCDM", FCDM_LEVELS),
+    "grn": ("FCDM", tuple((3 * c, s) for c, s in FCDM_LEVELS)),
     "pixel_shuffle_skip": ("DiCo", ((2, 1), (2, 2))),
 }
-_WIDTHS = {("DiCo", "S"): 128, ("DiCo", "XL"): 416, ("FCDM", "S"): 128, ("FCDM", "XL"): 512}
+WIDTHS = {("DiCo", "S"): 128, ("DiCo", "XL"): 416, ("FCDM", "S"): 128, ("FCDM", "XL"): 512}
 
 
 def op_arenas(gpu: bool) -> list[OpArena]:
     """Every op at the level shapes of sizes S and XL."""
     batches = {"S": 64, "XL": 64} if gpu else {"S": 4, "XL": 1}
     return [
-        OpArena(op, size, batches[size], multiple * _WIDTHS[family, size], 32 // shrink, dtype, backward)
-        for op, (family, levels) in _OP_LEVELS.items()
+        OpArena(op, size, batches[size], multiple * WIDTHS[family, size], 32 // shrink, dtype, backward)
+        for op, (family, levels) in OP_LEVELS.items()
         for size in ("S", "XL")
+        for multiple, shrink in levels
+        for dtype in ("fp32", "bf16")
+        for backward in (False, True)
+    ]
+
+
+def block_arenas(gpu: bool) -> list[OpArena]:
+    """The blocks of every level of DiCo-S, DiCo-XL and FCDM-S."""
+    found: list[tuple[str, str, int, tuple[tuple[int, int], ...]]] = [
+        ("dico_block", "S", 128, DICO_LEVELS),
+        ("dico_block", "XL", 416, DICO_LEVELS),
+        ("fcdm_block", "S", 128, FCDM_LEVELS),
+    ]
+    return [
+        OpArena(
+            op,
+            size,
+            64 if gpu else 4 if size == "S" else 1,
+            multiple * width,
+            32 // shrink,
+            dtype,
+            backward,
+            compiled=gpu or size == "S",
+        )
+        for op, size, width, levels in found
         for multiple, shrink in levels
         for dtype in ("fp32", "bf16")
         for backward in (False, True)
@@ -176,9 +217,19 @@ def arenas(preset: str, gpu: bool) -> Arenas:
     """The arenas of a resolved preset: whole models, halves of blocks, ops."""
     if preset == "ops":
         return [], [], op_arenas(gpu)
+    if preset == "blocks":
+        return [], [], block_arenas(gpu)
+    if preset == "targets":
+        models = [
+            ModelArena(model, 256, 64 if gpu else 4, dtype, mode, compiled=True)
+            for model in ALONE
+            for dtype in ("fp32", "bf16")
+            for mode in ("inference", "training")
+        ]
+        return models, [], []
     if preset == "smoke":
         quick: dict[str, Any] = {"rounds": 2}
-        ops = [OpArena(op, "S", 1, 64, 16, "fp32", True, **quick) for op in _OP_LEVELS]
+        ops = [OpArena(op, "S", 1, 64, 16, "fp32", True, **quick) for op in (*OP_LEVELS, *BLOCKS)]
         return [ModelArena("S", 256, 1, "fp32", **quick)], [HalfArena(128, 16, 1, "fp32", **quick)], ops
     if preset == "cpu":
         models = [

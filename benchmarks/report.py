@@ -17,6 +17,7 @@ SCHEMA = 1
 Row = dict[str, Any]
 Result = dict[str, Any]
 Column = tuple[str, Callable[[Row], str]]
+UNFUSED = ("eager", "channels_last", "compile")
 README_BEGIN, README_END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
@@ -94,11 +95,31 @@ OP_COLUMNS: list[Column] = [
 ]
 
 
+KERNEL_COLUMNS: list[Column] = [
+    ("op", lambda r: r["op"]),
+    ("contender", lambda r: r["contender"]),
+    ("mode", lambda r: "fwd+bwd" if r["mode"] == "forward+backward" else "fwd"),
+    ("shape", lambda r: f"{r.get('batch')}x{r.get('channels', '?')}x{r.get('side', '?')}^2"),
+    ("ms", lambda r: _number(r["median_s"] and r["median_s"] * 1e3, "{:.3f}", "failed")),
+    ("vs eager", lambda r: _number(r.get("vs_eager"), "{:.2f}x")),
+    ("MB", lambda r: _number(r.get("moved") and r["moved"] / 1e6, "{:,.0f}")),
+    ("GB/s", lambda r: _number(_rate(r, "moved", 1e9), "{:,.0f}")),
+    ("TFLOP/s", lambda r: _number(_rate(r, "macs", 0.5e12), "{:.1f}")),
+    ("limit", lambda r: _number(r.get("share"), "{:.0%}")),
+    ("by", lambda r: r.get("bound", "-")),
+    ("error", lambda r: _number(r.get("error"), "{:.1e}")),
+]
+
+
+def _rate(row: Row, of: str, unit: float) -> float | None:
+    return row[of] / row["median_s"] / unit if row.get(of) and row["median_s"] else None
+
+
 def _op_summary(rows: list[Row]) -> list[Row]:
     """The fused contenders' speed over the best eager layout, over the shapes of each op, mode and dtype."""
     groups: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
     for row in rows:
-        if row["contender"] not in ("eager", "channels_last") and row.get("vs_eager") is not None:
+        if row["contender"] not in UNFUSED and row.get("vs_eager") is not None:
             groups[row["op"], row["mode"], row["dtype"]].append(row)
     found = []
     for (op, mode, dtype), members in groups.items():
@@ -126,11 +147,49 @@ def tables(result: Result) -> list[tuple[str, list[Column], list[Row]]]:
     if result["halves"]:
         title = "DiCo's convolution half against DiT's attention half, equal tokens and width"
         found.append((title, _used(HALF_COLUMNS, result["halves"]), result["halves"]))
-    if result.get("ops"):
-        fused = next(r["contender"] for r in result["ops"] if r["contender"] not in ("eager", "channels_last"))
+    ops = [r for r in result.get("ops", []) if not r["op"].endswith("_block") or r["contender"] in ("native", "triton")]
+    if ops:
+        fused = next(r["contender"] for r in ops if r["contender"] not in UNFUSED)
         title = f"fused ops ({fused}) against the faster of eager NCHW and channels_last, over level shapes"
-        found.append((title, OP_COLUMNS, _op_summary(result["ops"])))
+        found.append((title, OP_COLUMNS, _op_summary(ops)))
+    blocks = [r for r in result.get("ops", []) if r not in ops]
+    if blocks:
+        found.append(("whole blocks, milliseconds, and fused over the fastest other", BLOCK_COLUMNS, _by_block(blocks)))
+    if result.get("kernels"):
+        title = "fused ops against eager channels_last; MB: least bytes; limit: of the copy or matmul rate, as by says"
+        found.append((title, _used(KERNEL_COLUMNS, result["kernels"]), result["kernels"]))
     return found
+
+
+def _by_block(rows: list[Row]) -> list[Row]:
+    """One row a block, shape, dtype and mode, with every contender's time."""
+    found: dict[str, Row] = {}
+    for row in rows:
+        own = found.setdefault(row["arena"], {**row, "arena": f"{row['op']} {row['size']}", "times": {}})
+        own["times"][row["contender"]] = row["median_s"]
+        if row["contender"] == "fused":
+            own["over"] = row.get("vs_eager")
+    return list(found.values())
+
+
+def _milliseconds(contender: str) -> Column:
+    return contender, lambda r: _number(r["times"].get(contender) and r["times"][contender] * 1e3, "{:.2f}")
+
+
+BLOCK_COLUMNS: list[Column] = [
+    (
+        "block",
+        lambda r: f"{r['op'].removesuffix('_block').replace('dico', 'DiCo').replace('fcdm', 'FCDM')}-{r['size']}",
+    ),
+    ("mode", lambda r: r["mode"]),
+    ("dtype", lambda r: r["dtype"]),
+    ("shape", lambda r: f"{r['batch']}x{r['channels']}x{r['side']}^2"),
+    _milliseconds("eager"),
+    _milliseconds("channels_last"),
+    _milliseconds("compile"),
+    _milliseconds("fused"),
+    ("speed-up", lambda r: _number(r.get("over"), "{:.2f}x")),
+]
 
 
 def _used(columns: list[Column], rows: list[Row]) -> list[Column]:
@@ -191,6 +250,13 @@ def _separated(lines: list[str], rows: list[Row]) -> list[str]:
     return [line.rstrip() for line in out]
 
 
+def failures(result: Result) -> str:
+    """A line for each row of ``bench gpu`` that failed, with the reason; "" where none did."""
+    rows = [*result.get("kernels", []), *(result["models"] if "stages" in result else [])]
+    names = [(r["arena"], r.get("model") or r.get("op"), r["contender"], r["failure"]) for r in rows if r["failure"]]
+    return "\n".join(f"- {arena}, {name} {contender}: {failure}" for arena, name, contender, failure in names)
+
+
 def markdown(result: Result) -> str:
     """The same tables as Markdown."""
     blocks = [f"**{provenance(result)}**"]
@@ -199,6 +265,7 @@ def markdown(result: Result) -> str:
         aligned = ["---" if i < 3 else "---:" for i in range(len(head))]
         body = [[form(row) for _, form in columns] for row in rows]
         blocks.append(f"### {title}\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in [head, aligned, *body]))
+    blocks += [f"### failed\n\n{found}"] if (found := failures(result)) else []
     blocks.append(f"{ceilings_line(result)}. {LEGEND}")
     return "\n\n".join(blocks)
 

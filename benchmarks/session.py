@@ -42,12 +42,13 @@ class Session:
     def __init__(self, preset: str) -> None:
         self.device = machine.device()
         gpu = self.device.type == "cuda"
+        kept = machine.keep_heap()
         self.preset = presets.resolve(preset, gpu)
         self.models, self.halves, self.ops = presets.arenas(self.preset, gpu)
         self.rows: dict[str, list[report.Row]] = {"models": [], "halves": [], "ops": []}
         self.ceilings: dict[str, limits.Ceiling] = {}
         self.selected: dict[Any, list[tuple[str, str]]] = {}
-        self.machine = machine.describe()
+        self.machine = {**machine.describe(), "heap_kept": kept}
         self._arena: Any = None
         self._found: dict[tuple[str, str], tuple[Contender | None, Measurement]] = {}
         self._clocks: str | None = None
@@ -88,35 +89,18 @@ class Session:
 
     def record(self, table: str, arena: Any, contender: Contender | None, found: Measurement, own: report.Row) -> None:
         """Add a row to a table of the result. ``own``: what only this table has."""
-        share = None
-        if contender is not None and found.failure is None and contender.macs is not None:
-            ceiling = self.ceiling(arena.dtype)
-            if ceiling is not None and contender.moved is not None:
-                share = ceiling.seconds(contender.macs, contender.moved) / found.median
-        row: report.Row = {
-            **own,
-            "arena": arena.title(),
-            "dtype": arena.dtype,
-            "batch": arena.batch,
-            "failure": found.failure,
-            "median_s": None if found.failure else found.median,
-            "samples_s": found.samples,
-            "share": share,
-            "peak_bytes": found.peak_bytes,
-            "clocks": self._clocks,
-        }
-        for name in ("macs", "moved", "error", "compile_s"):
-            row[name] = getattr(contender, name, None)
-        self.rows[table].append(row)
+        known = contender is not None and found.failure is None and contender.macs is not None
+        ceiling = self.ceiling(arena.dtype) if known and table != "ops" else None
+        self.rows[table].append(row_of(own, arena, contender, found, ceiling, self._clocks))
 
     def result(self) -> report.Result:
         """Everything measured so far, as written to JSON."""
         for rows, over, against in (
             ("models", "vs_dit", lambda row: row["model"].startswith("DiT")),
             ("halves", "vs_attention", lambda row: row["op"] == "attention_half"),
-            ("ops", "vs_eager", lambda row: row["contender"] in ("eager", "channels_last")),
+            ("ops", "vs_eager", lambda row: row["contender"] in report.UNFUSED),
         ):
-            _add_ratios(self.rows[rows], over, against)
+            add_ratios(self.rows[rows], over, against)
         return {
             "schema": report.SCHEMA,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -127,7 +111,37 @@ class Session:
         }
 
 
-def _add_ratios(rows: list[report.Row], over: str, against: Callable[[report.Row], bool]) -> None:
+def row_of(
+    own: report.Row,
+    arena: Any,
+    contender: Contender | None,
+    found: Measurement,
+    ceiling: limits.Ceiling | None,
+    clocks: str | None,
+) -> report.Row:
+    """A row of a result's table. ``own``: what only this table has."""
+    done = found.failure is None and bool(found.samples)
+    share = None
+    if done and ceiling is not None and contender is not None and None not in (contender.macs, contender.moved):
+        share = ceiling.seconds(contender.macs or 0, contender.moved or 0) / found.median
+    row: report.Row = {
+        **own,
+        "arena": arena.title(),
+        "dtype": arena.dtype,
+        "batch": arena.batch,
+        "failure": found.failure,
+        "median_s": found.median if done else None,
+        "samples_s": found.samples,
+        "share": share,
+        "peak_bytes": found.peak_bytes,
+        "clocks": clocks,
+    }
+    for name in ("macs", "moved", "error", "compile_s"):
+        row[name] = getattr(contender, name, None)
+    return row
+
+
+def add_ratios(rows: list[report.Row], over: str, against: Callable[[report.Row], bool]) -> None:
     """Speed over the fastest of some rows of the same arena, where it has any."""
     fastest: dict[str, float] = {}
     for row in filter(against, rows):

@@ -1,4 +1,4 @@
-"""Each fused op against its definition in both memory layouts."""
+"""Each fused op, and each whole block, against its definition in both memory layouts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from dico_kernels.benchmarks import op_contenders
+from dico_kernels.benchmarks import block_contenders, op_contenders
+from dico_kernels.benchmarks.presets import BLOCKS
 from dico_kernels.benchmarks.session import CLOCK
 
 
@@ -14,7 +15,8 @@ from dico_kernels.benchmarks.session import CLOCK
 def test_op(op_row: Any, state: Any, replay: Any, benchmark: Any) -> None:
     arena, row = op_row
     benchmark.group = arena.title()
-    contender, found = state.measure(arena, row, op_contenders.op_contender)
+    build = block_contenders.block_contender if arena.op in BLOCKS else op_contenders.op_contender
+    contender, found = state.measure(arena, row, build)
     own = {
         "op": row[0],
         "contender": row[1],

@@ -109,12 +109,19 @@ PYBIND11_MODULE(_C, m) {
     using dico::cpu::Kernels;
     using A = dico::AdalnArgs;
     bind_rows(m, "adaln_modulate", &Kernels::adaln_modulate, &A::x, &A::shift, &A::scale, &A::y, &A::mean, &A::rstd,
-              &A::shift_stride, &A::scale_stride, &A::eps);
+              &A::shift_stride, &A::scale_stride, &A::eps, &A::wide_stream);
     using AB = dico::AdalnBackwardArgs;
     bind_rows(m, "adaln_modulate_backward", &Kernels::adaln_modulate_backward, &AB::dh, &AB::x, &AB::scale,
               &AB::mean, &AB::rstd, &AB::dx, &AB::dshift, &AB::dscale, &AB::partial, &AB::scale_stride);
+    bind_rows(m, "adaln_modulate_backward_residual", &Kernels::adaln_modulate_backward_residual, &AB::dh, &AB::dy,
+              &AB::x, &AB::shift, &AB::scale, &AB::mean, &AB::rstd, &AB::dx, &AB::h, &AB::dshift, &AB::dscale,
+              &AB::partial, &AB::shift_stride, &AB::scale_stride, &AB::wide_stream);
+    using GG = dico::GateGradientArgs;
+    bind_rows(m, "gate_gradient", &Kernels::gate_gradient, &GG::dy, &GG::gate, &GG::dbranch, &GG::narrow, &GG::sums,
+              &GG::partial, &GG::gate_stride, &GG::wide_stream);
     using G = dico::GatedArgs;
-    bind_rows(m, "gated_residual", &Kernels::gated_residual, &G::x, &G::branch, &G::gate, &G::y, &G::gate_stride);
+    bind_rows(m, "gated_residual", &Kernels::gated_residual, &G::x, &G::branch, &G::gate, &G::y, &G::gate_stride,
+              &G::wide_stream);
     using GB = dico::GatedBackwardArgs;
     bind_rows(m, "gated_residual_backward", &Kernels::gated_residual_backward, &GB::dy, &GB::branch, &GB::gate,
               &GB::dbranch, &GB::dgate, &GB::partial, &GB::gate_stride);
@@ -151,6 +158,17 @@ PYBIND11_MODULE(_C, m) {
          &P::channels, &P::skip_channels);
     bind(m, "shuffle_scatter", &Kernels::shuffle_scatter, &P::up, &P::skip, &P::cat, &P::rows, &P::width,
          &P::channels, &P::skip_channels);
+
+    using E = dico::GeluArgs;
+    bind_rows(m, "gelu", &Kernels::gelu, &E::x, &E::y, &E::sums, &E::partial);
+    using EB = dico::GeluBackwardArgs;
+    bind_rows(m, "gelu_backward", &Kernels::gelu_backward, &EB::dy, &EB::x, &EB::s, &EB::r, &EB::dx, &EB::y,
+              &EB::sums, &EB::partial);
+
+    using GP = dico::GatedProductsArgs;
+    bind(m, "gated_products", &Kernels::gated_products, &GP::products, &GP::weight, &GP::gate, &GP::s, &GP::dweight,
+         &GP::dgate, &GP::dscale, &GP::partial, &GP::samples, &GP::outputs, &GP::inputs, &GP::block_rows,
+         &GP::gate_stride);
 
 #ifdef DICO_WITH_CUDA
     m.def("adaln_modulate_cuda",

@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dico_kernels.dtypes import accumulation_dtype
+
 if TYPE_CHECKING:
     from dico_kernels.kernels.common import Launch
 
@@ -59,7 +61,7 @@ class Result:
     """A compiled kernel, or why it did not compile.
 
     usage is None on targets that are only compiled for; wide: every address is 64-bit; serial: ptxas made each wgmma
-    wait for the one before, which it does silently.
+    wait for the one before, which it does silently; slow: the loop has other faults, named.
     """
 
     label: str
@@ -67,14 +69,15 @@ class Result:
     usage: Usage | None = None
     wide: bool = False
     serial: bool = False
+    slow: str = ""
     error: str = ""
 
 
 def _calls(dtype: torch.dtype, n: int, c: int, size: int) -> Iterator[partial[Any]]:
     """A call of each launcher at width c on n images of size x size."""
-    from dico_kernels.kernels import adaln, channel, depthwise, pixel_shuffle
+    from dico_kernels.kernels import adaln, channel, depthwise, pixel_shuffle, pointwise
 
-    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    acc = accumulation_dtype(dtype)
 
     def image(channels: int, side: int) -> torch.Tensor:
         return torch.empty(n, channels, side, side, dtype=dtype, device="meta")
@@ -86,6 +89,8 @@ def _calls(dtype: torch.dtype, n: int, c: int, size: int) -> Iterator[partial[An
     stat = tensor(n, size, size, dtype=acc)
     yield partial(adaln.adaln_modulate, x, v, v, 1e-6)
     yield partial(adaln.adaln_modulate_backward, x, x, v, stat, stat)
+    yield partial(adaln.adaln_modulate_backward_residual, x, x, x, v, v, stat, stat)
+    yield partial(adaln.gate_gradient, x, v)
     yield partial(adaln.gated_residual, x, x, v)
     yield partial(adaln.gated_residual_backward, x, x, v)
     yield partial(adaln.gated_residual_adaln, x, x, v, v, v, 1e-6)
@@ -94,6 +99,10 @@ def _calls(dtype: torch.dtype, n: int, c: int, size: int) -> Iterator[partial[An
     yield partial(channel.channel_dots, x, x)
     yield partial(channel.channel_affine, x, vector)
     yield partial(channel.channel_affine, x, vector, vector, x, vector)
+    yield partial(pointwise.gelu, x, False)
+    yield partial(pointwise.gelu, x, True)
+    yield partial(pointwise.gelu_backward, x, x, keep=True)
+    yield partial(pointwise.gelu_backward, x, x, vector, vector)
     # the models use 3 and 7; the tiles of the others depend on the width no more than theirs do
     for k in (1, 3, 5, 7, 9) if c == 416 else (3, 7):
         taps, bias = tensor(c, 1, k, k), tensor(c)
@@ -106,6 +115,39 @@ def _calls(dtype: torch.dtype, n: int, c: int, size: int) -> Iterator[partial[An
     yield partial(pixel_shuffle.pixel_shuffle_skip_backward, out, up, skip, weight)
 
 
+def _products(dtype: torch.dtype, n: int, c: int, size: int) -> Iterator[partial[Any]]:
+    """The 1x1 convolutions of DiCo's and FCDM's blocks at width c."""
+    from dico_kernels.kernels import gemm
+
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, vector, weight, bias = tensor(n, c, size, size), tensor(n, c), tensor(c, c, 1, 1), tensor(c)
+    x = x.contiguous(memory_format=torch.channels_last)
+    pixels = tensor(n, size, size, dtype=acc)
+    product = partial(gemm.pointwise, x, weight)
+    branch = partial(product, bias, gate=vector, residual=x)
+    partials = gemm.Partials(tensor(-(-c // 128), 2, n * size * size, dtype=acc), 128)
+    adaln = {"modulation": gemm.Modulation(vector, tensor(n, c, dtype=acc), tensor(n, c, dtype=acc))}
+    rows = gemm.Statistics(pixels, pixels)
+    yield partial(product, **adaln, statistics=partials)
+    yield partial(branch, scale=vector, partials=True)
+    if dtype != torch.bfloat16 or size * size % 64 != 0:
+        return
+    yield partial(product, **adaln, statistics=partials, gelu=True, keep=True)
+    yield partial(product, **adaln, statistics=rows, gelu=True, channel="squares")
+    if size * size % 128 != 0:
+        return
+    yield partial(gemm.row_statistics, x, 1e-6)
+    yield partial(gemm.modulation_terms, weight, bias, vector, vector)
+    yield partial(product, **adaln, statistics=rows)
+    yield partial(product, **adaln, statistics=partials, gelu=True)
+    yield partial(branch, partials=True)
+    yield partial(branch, scale=vector)
+
+
 def _label(launch: Launch, dtype: torch.dtype) -> str:
     constants = [
         name if value is True else f"{name}={value}"
@@ -113,7 +155,8 @@ def _label(launch: Launch, dtype: torch.dtype) -> str:
         if name != "ACC" and value is not False
     ]
     name = launch.kernel.__name__.removeprefix("_").removesuffix("_kernel")
-    return " ".join([name, _TYPES[dtype], *constants, f"warps={launch.num_warps}"])
+    limit = [] if launch.maxnreg is None else [f"maxnreg={launch.maxnreg}"]
+    return " ".join([name, _TYPES[dtype], *constants, f"warps={launch.num_warps}", *limit])
 
 
 @cache
@@ -122,6 +165,15 @@ def kernels() -> dict[str, Kernel]:
     from dico_kernels.kernels.common import record
 
     found: dict[str, Kernel] = {}
+
+    def add(calls: Iterable[partial[Any]], dtype: torch.dtype, capability: int) -> None:
+        for call in calls:
+            with record(capability) as launches:
+                call()
+            for launch in launches:
+                label = _label(launch, dtype)
+                found.setdefault(label, Kernel(label, launch, dtype))
+
     levels = [(torch.bfloat16, 64, c, size) for c, size in ((128, 32), (416, 32), (832, 16))]
     levels += [(torch.float32, 64, c, size) for c, size in ((128, 32), (416, 32), (832, 16))]
     # One pixel of one channel: Triton turns arguments equal to 1 into constants, a code path of its own.
@@ -131,18 +183,23 @@ def kernels() -> dict[str, Kernel]:
         for setting in ("highest", "high"):
             torch.set_float32_matmul_precision(setting)
             for dtype, n, c, size in levels:
-                for call in _calls(dtype, n, c, size):
-                    with record() as launches:
-                        call()
-                    for launch in launches:
-                        label = _label(launch, dtype)
-                        found.setdefault(label, Kernel(label, launch, dtype))
+                add(_calls(dtype, n, c, size), dtype, 0)
+            add(_products(torch.float32, 64, 416, 32), torch.float32, 90)
+        # tiles of one sample, of two, and of any number; for GPUs without and with TMA
+        for capability in (80, 90):
+            for n, c, size in ((64, 416, 32), (256, 1664, 8), (64, 416, 15)):
+                add(_products(torch.bfloat16, n, c, size), torch.bfloat16, capability)
+        add(_products(torch.float64, 64, 416, 32), torch.float64, 90)
     finally:
         torch.set_float32_matmul_precision(precision)
     return found
 
 
 def _wanted(kernel: Kernel, target: str) -> bool:
+    # The launcher takes TMA where the device has it; float32 does without.
+    tma = kernel.launch.constants.get("TMA")
+    if kernel.dtype == torch.bfloat16 and tma is not None and tma != (target in ("sm_90", "sm_100")):
+        return False
     # float64 is for checking, and AMD is a smoke test: one target and one type are enough for those.
     if kernel.dtype == torch.float64:
         return target == "sm_90"
@@ -152,12 +209,16 @@ def _wanted(kernel: Kernel, target: str) -> bool:
 def _source(launch: Launch) -> Any:
     """The launch as Triton's own call would specialise it: 1 becomes a constant, multiples of 16 are marked."""
     from triton.compiler import ASTSource
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     names = launch.kernel.arg_names
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for i, (name, value) in enumerate(zip(names, launch.args, strict=False)):
+        if isinstance(value, TensorDescriptor):
+            signature[name] = f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}>"
+            continue
         tensor = isinstance(value, torch.Tensor)
         if not tensor and value in (None, 1):
             signature[name], constants[(i,)] = "constexpr", value
@@ -219,6 +280,32 @@ def serialised(sass: str) -> bool:
     return 0 < matmuls <= len(re.findall(r"WARPGROUP\.DEPBAR\S* gsb0, 0x0\b", sass))
 
 
+def loop_spills(sass: str) -> int:
+    """Accesses to spilled registers in the loop around the wgmma instructions of machine code."""
+    position: dict[str, int] = {}
+    instructions: list[str] = []
+    loops: list[list[str]] = []
+    for line in sass.splitlines():
+        if match := re.match(r"\s*(\.L\w+):", line):
+            position[match[1]] = len(instructions)
+        elif line.rstrip().endswith(";"):
+            instructions.append(line)
+            match = re.search(r"\bBRA\b.*?(\.L\w+)", line)
+            if match and match[1] in position:
+                loops.append(instructions[position[match[1]] :])
+    # waits jump back from outside of the loop, which makes larger ones of it
+    loops = [loop for loop in loops if any("HGMMA" in line for line in loop)]
+    return sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in min(loops, key=len, default=[]))
+
+
+def _faults(launch: Launch, target: str, asm: Any, sass: str) -> str:
+    """What keeps a product that is made for tensor cores from them."""
+    matrix = {"sm_90": "wgmma", "sm_100": "tcgen05.mma"}.get(target)
+    if launch.constants.get("TMA") and matrix and matrix not in asm["ptx"]:
+        return f"no {matrix} instruction"
+    return "registers spill in the loop" if loop_spills(sass) else ""
+
+
 def _resources(cubin: bytes) -> tuple[int, int]:
     """(registers, spilled bytes) a thread."""
     import triton
@@ -235,17 +322,18 @@ def _compile(job: tuple[str, str]) -> Result:
     label, target = job
     launch = kernels()[label].launch
     gpu = GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target[3:]), 32)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "maxnreg": launch.maxnreg}
     try:
         compiled = triton.compile(_source(launch), target=gpu, options=options)
         wide = not narrow_offsets(compiled.asm["ttir"])
         if target.startswith("gfx"):
             return Result(label, target, None, wide)
         regs, spills = _resources(compiled.asm["cubin"])
-        serial = "wgmma" in compiled.asm["ptx"] and serialised(
-            _dump(triton.knobs.nvidia.nvdisasm, "-c", compiled.asm["cubin"])
-        )
-        return Result(label, target, Usage(regs, spills, compiled.metadata.shared), wide, serial)
+        sass = ""
+        if "wgmma" in compiled.asm["ptx"]:
+            sass = _dump(triton.knobs.nvidia.nvdisasm, "-c", compiled.asm["cubin"])
+        usage = Usage(regs, spills, compiled.metadata.shared)
+        return Result(label, target, usage, wide, serialised(sass), _faults(launch, target, compiled.asm, sass))
     except Exception as error:  # whatever the compiler raises is the finding
         return Result(label, target, error=f"{type(error).__name__}: {str(error).strip()[-2000:]}")
 
@@ -299,6 +387,8 @@ def problems(result: Result, budget: dict[str, dict[str, int]] | None) -> list[s
     found = [] if result.wide else ["an address is computed in 32 bits"]
     if result.serial:
         found.append("each wgmma waits for the one before")
+    if result.slow:
+        found.append(result.slow)
     if result.usage is None or budget is None:
         return found
     allowed = budget.get(_key(result))

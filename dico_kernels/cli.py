@@ -13,8 +13,17 @@ _EXAMPLES = """examples:
   python -m dico_kernels info --json
   python -m dico_kernels aot --targets sm_90                     compile the Triton kernels without a GPU
   pytest benchmarks/ --benchmark-only                            measure (in a clone)
+  python -m dico_kernels bench gpu --out gpu-report/             a GPU's ceilings, kernels and models in 9 minutes
   python -m dico_kernels bench report bench-results/*.json       the same tables again, as Markdown
   python -m dico_kernels bench report FILE... --out report/      Markdown and PNG plots into a folder
+"""
+
+
+_GPU_EXAMPLES = """examples:
+  python -m dico_kernels bench gpu --out gpu-report/             everything, in under 9 minutes
+  python -m dico_kernels bench gpu --out gpu-report/             again: what was left for want of time
+  python -m dico_kernels bench gpu --stages kernels --minutes 3  one stage, shorter
+  python -m dico_kernels bench report gpu-report/gpu.json        the same tables again, as Markdown
 """
 
 
@@ -57,6 +66,19 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JSON that `pytest benchmarks/` wrote")
     report.add_argument("--out", type=Path, help="folder for report.md and plots; default: Markdown to the terminal")
     report.set_defaults(run=_report)
+    gpu = actions.add_parser(
+        "gpu",
+        help="tests, ceilings, kernels and models of this machine's GPU, within a time budget",
+        description="Tests (in a clone), the card's ceilings, every fused op and whole models, the most important "
+        "first. Installs nothing. Results are kept after every row; the same folder again, on the same device and "
+        "commit, goes on with what is missing. Unverified until run on a GPU.",
+        epilog=_GPU_EXAMPLES,
+        formatter_class=raw,
+    )
+    gpu.add_argument("--out", type=Path, default=Path("bench-gpu"), help="folder for gpu.json, report.md and logs")
+    gpu.add_argument("--stages", default="tests,ceilings,kernels,models", help="default: %(default)s")
+    gpu.add_argument("--minutes", type=float, default=8.5, help="of all stages together (default: %(default)s)")
+    gpu.set_defaults(run=_gpu)
     return parser
 
 
@@ -78,6 +100,12 @@ def _info(args: argparse.Namespace) -> int:
     info = build_info()
     print(json.dumps(info, indent=2) if args.json else render(info))
     return 0
+
+
+def _gpu(args: argparse.Namespace) -> int:
+    from dico_kernels.benchmarks import gpu
+
+    return gpu.main(args)
 
 
 def _report(args: argparse.Namespace) -> int:

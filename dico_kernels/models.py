@@ -6,6 +6,7 @@ import difflib
 import inspect
 from typing import Any
 
+from dico_kernels.fuse import fuse
 from dico_kernels.reference import dico, dit, fcdm
 from dico_kernels.reference.base import Denoiser
 
@@ -24,11 +25,12 @@ def model_names() -> list[str]:
     return list(_VARIANTS)
 
 
-def create_model(name: str, **overrides: Any) -> Denoiser:
+def create_model(name: str, fused: bool = True, **overrides: Any) -> Denoiser:
     """A model of a published size, at its published initialisation.
 
     Args:
         name: one of model_names().
+        fused: run its blocks fused (dico_kernels.fuse); keys, values and results are the same. DiT has nothing to fuse.
         **overrides: constructor arguments that replace the published ones: in_channels, num_classes, learn_sigma,
             hidden_size, depth, mlp_ratio, class_dropout_prob; for DiT also input_size (32 for 256-pixel images, 64
             for 512), num_heads and patch_size.
@@ -52,4 +54,5 @@ def create_model(name: str, **overrides: Any) -> Denoiser:
     accepted = [p for p in inspect.signature(family.__init__).parameters if p != "self"]
     if unknown := sorted(set(overrides) - set(accepted)):
         raise TypeError(f"{name} has no argument {', '.join(unknown)}; accepted: {', '.join(accepted)}")
-    return family(**{**config, **overrides})
+    model = family(**{**config, **overrides})
+    return fuse(model) if fused else model

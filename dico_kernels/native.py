@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dico_kernels._memory import DTYPES, dense, image, kind, like, reduced, row_blocks, vector, wide_stream
+from dico_kernels.dtypes import accumulation_dtype
+
 ISA_VARIABLE = "DICO_KERNELS_CPU_ISA"
-# Numbered as csrc/include/dico/types.h numbers them.
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 BUILD_HINT = "run `pip install -e .` in the clone (it needs a C++17 compiler) to build it"
 
 
@@ -86,72 +87,8 @@ def build() -> dict[str, Any]:
     return dict(extension().build())
 
 
-# ---- arguments: the ops above check what a user gave; these checks only keep memory safe ----
-
-
-def _image(name: str, t: Tensor, like: Tensor | None = None) -> None:
-    """Refuse an image that is not dense channels_last memory of a dtype and, given ``like``, of its shape and kind."""
-    if t.ndim != 4 or 0 in t.shape[1:]:
-        raise ValueError(f"{name} has shape {tuple(t.shape)}: expected (N, C, H, W) with C, H, W > 0")
-    if t.dtype not in _DTYPES:
-        names = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES)
-        raise ValueError(f"{name} has dtype {t.dtype}: expected {names}")
-    if not t.is_contiguous(memory_format=torch.channels_last):
-        raise ValueError(f"{name} has strides {t.stride()}: expected channels_last memory")
-    if like is not None:
-        if t.shape != like.shape:
-            raise ValueError(f"{name} has shape {tuple(t.shape)}: expected {tuple(like.shape)}")
-        _kind(name, t, like.dtype, like.device)
-
-
-def _kind(name: str, t: Tensor, dtype: torch.dtype, device: torch.device) -> None:
-    if t.dtype != dtype or t.device != device:
-        raise ValueError(f"{name} is {t.dtype} on {t.device}: expected {dtype} on {device}")
-
-
-def _dense(name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-    """Refuse a tensor that is not contiguous memory of exactly this shape and kind."""
-    if tuple(t.shape) != shape or not t.is_contiguous():
-        raise ValueError(f"{name} has shape {tuple(t.shape)}, strides {t.stride()}: expected {shape}, contiguous")
-    _kind(name, t, dtype, device)
-
-
-def _vector(name: str, v: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> int:
-    """Refuse what is not contiguous (N, C) or (1, C); its stride from image to image (0 broadcasts)."""
-    n, c = x.shape[:2]
-    if v.ndim != 2 or v.shape[1] != c or v.shape[0] not in (1, n):
-        raise ValueError(f"{name} has shape {tuple(v.shape)}: expected ({n}, {c}) or (1, {c})")
-    _dense(name, v, tuple(v.shape), dtype or x.dtype, x.device)
-    return c if v.shape[0] == n else 0
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of statistics and reduced gradients for images of a dtype."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.channels_last)
-
-
-def _reduced(x: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=accumulator(x.dtype), device=x.device)
-
-
-def _blocks(x: Tensor) -> tuple[int, int, int, int, int]:
-    """(images, rows, channels, block_rows) of x for the kernels over rows, and the number of blocks.
-
-    Blocks depend on the shape alone, so results do not depend on the number of threads: enough of them for a large
-    machine, none so long that a sum over its rows loses digits.
-    """
-    n, c, h, w = x.shape
-    rows = h * w
-    block = min(max(-(-n * rows // 64), 16), 128)
-    return n, rows, c, block, n * -(-rows // block)
-
-
-def _call(kernel: str, x: Tensor, *args: Tensor | float | None) -> None:
-    """Run a kernel of the extension in x's dtype; tensors go as pointers, None as a null one.
+def _call(kernel: str, x: Tensor, *args: Tensor | float | None, dtype: torch.dtype | None = None) -> None:
+    """Run a kernel of the extension in x's dtype, or another; tensors go as pointers, None as a null one.
 
     Raises:
         RuntimeError: x is not on the CPU, naming the kernel.
@@ -161,7 +98,7 @@ def _call(kernel: str, x: Tensor, *args: Tensor | float | None) -> None:
     if x.device.type != "cpu":
         raise RuntimeError(f"{kernel}: the native kernel runs on cpu only, and the input is on {x.device}")
     values = [v.data_ptr() if isinstance(v, Tensor) else 0 if v is None else v for v in args]
-    getattr(module, kernel)(_DTYPES[x.dtype], torch.get_num_threads(), *values)
+    getattr(module, kernel)(DTYPES[dtype or x.dtype], torch.get_num_threads(), *values)
 
 
 # ---- adaLN and the gated residual: csrc/cpu/adaln.h ----
@@ -172,31 +109,35 @@ def adaln_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -
 
     Args:
         x: (N, C, H, W) in channels_last memory, on a CPU or (where built) a CUDA device.
-        shift: (N, C) or (1, C), contiguous, of x's dtype and device.
+        shift: (N, C) or (1, C), contiguous, of x's device and dtype; on the CPU also 16-bit where x is float32.
         scale: as shift.
         eps: added to the variance.
 
     Returns:
-        y as x, and each pixel's mean and 1 / deviation, (N, H, W) in the accumulation dtype.
+        y as x but of shift's dtype, and each pixel's mean and 1 / deviation, (N, H, W) in the accumulation dtype.
 
     Raises:
         ValueError: a wrong rank, size, layout, dtype or device, naming the argument.
         ImportError: the extension was not built.
         RuntimeError: a CUDA error, or a CUDA tensor with an extension built without CUDA.
     """
-    _image("x", x)
-    strides = _vector("shift", shift, x), _vector("scale", scale, x)
+    image("x", x)
+    dtype = shift.dtype
+    wide = wide_stream(x, dtype)
+    strides = vector("shift", shift, x, dtype), vector("scale", scale, x, dtype)
     n, c, h, w = x.shape
-    y, mean, rstd = _like(x), _reduced(x, n, h, w), _reduced(x, n, h, w)
+    y, mean, rstd = like(x, dtype), reduced(x, n, h, w), reduced(x, n, h, w)
     if x.device.type != "cuda":
-        _call("adaln_modulate", x, *_blocks(x)[:4], x, shift, scale, y, mean, rstd, *strides, eps)
+        args = (x, shift, scale, y, mean, rstd, *strides, eps, wide)
+        _call("adaln_modulate", x, *row_blocks(x)[:4], *args, dtype=dtype)
         return y, mean, rstd
+    kind("shift", shift, x.dtype, x.device)
     if not with_cuda():
         raise RuntimeError(f"x is on {x.device}, but the extension has no CUDA code: {build()['cuda']}")
     pointers = [t.data_ptr() for t in (x, shift, scale, y, mean, rstd)]
     with torch.cuda.device(x.device):
         stream = torch.cuda.current_stream(x.device).cuda_stream
-        extension().adaln_modulate_cuda(_DTYPES[x.dtype], n, h * w, c, *pointers, *strides, eps, x.device.index, stream)
+        extension().adaln_modulate_cuda(DTYPES[x.dtype], n, h * w, c, *pointers, *strides, eps, x.device.index, stream)
     return y, mean, rstd
 
 
@@ -204,41 +145,91 @@ def adaln_modulate_backward(
     dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of adaln_modulate: dx as x; dshift and dscale per sample, (N, C) in the accumulation dtype."""
-    _image("x", x)
-    _image("dy", dy, x)
-    stride = _vector("scale", scale, x)
+    image("x", x)
+    image("dy", dy, x)
+    stride = vector("scale", scale, x)
     _statistics(x, mean, rstd)
     n, c = x.shape[:2]
-    *sizes, blocks = _blocks(x)
-    dx, dshift, dscale, partial = _like(x), _reduced(x, n, c), _reduced(x, n, c), _reduced(x, blocks, 2, c)
+    *sizes, blocks = row_blocks(x)
+    dx, dshift, dscale, partial = like(x), reduced(x, n, c), reduced(x, n, c), reduced(x, blocks, 2, c)
     _call("adaln_modulate_backward", x, *sizes, dy, x, scale, mean, rstd, dx, dshift, dscale, partial, stride)
     return dx, dshift, dscale
+
+
+def adaln_modulate_backward_residual(
+    dh: Tensor, dy: Tensor | None, x: Tensor, shift: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of a residual around adaLN: dx, with dy (if any) added; h, adaLN's output anew; dshift, dscale per sample.
+
+    x, dy and dx may be float32 though all else is a 16-bit type. h takes dh's memory.
+    """
+    image("x", x)
+    image("dh", dh)
+    if dy is not None:
+        image("dy", dy, x)
+    dtype = dh.dtype
+    wide = wide_stream(x, dtype)
+    if dh.shape != x.shape or dh.device != x.device:
+        raise ValueError(f"dh has shape {tuple(dh.shape)} on {dh.device}: expected {tuple(x.shape)} on {x.device}")
+    strides = vector("shift", shift, x, dtype), vector("scale", scale, x, dtype)
+    _statistics(x, mean, rstd)
+    n, c = x.shape[:2]
+    *sizes, blocks = row_blocks(x)
+    outs = (like(x), dh, reduced(x, n, c), reduced(x, n, c))
+    args = (dh, dy, x, shift, scale, mean, rstd, *outs, reduced(x, blocks, 2, c), *strides, wide)
+    _call("adaln_modulate_backward_residual", x, *sizes, *args, dtype=dtype)
+    return outs
 
 
 def _statistics(x: Tensor, mean: Tensor, rstd: Tensor) -> None:
     n, _, h, w = x.shape
     for name, t in (("mean", mean), ("rstd", rstd)):
-        _dense(name, t, (n, h, w), accumulator(x.dtype), x.device)
+        dense(name, t, (n, h, w), accumulation_dtype(x.dtype), x.device)
 
 
-def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
-    """x + gate * branch; gate (N, C) or (1, C)."""
-    _image("x", x)
-    _image("branch", branch, x)
-    stride = _vector("gate", gate, x)
-    y = _like(x)
-    _call("gated_residual", x, *_blocks(x)[:4], x, branch, gate, y, stride)
+def gated_residual(x: Tensor, branch: Tensor, gate: Tensor, overwrite: bool = False) -> Tensor:
+    """x + gate * branch as x; gate (N, C) or (1, C). x may be float32 though branch and gate are a 16-bit type.
+
+    With overwrite the result may take the branch's memory.
+    """
+    image("x", x)
+    image("branch", branch)
+    dtype = branch.dtype
+    wide = wide_stream(x, dtype)
+    if branch.shape != x.shape or branch.device != x.device:
+        raise ValueError(f"branch has shape {tuple(branch.shape)} on {branch.device}: expected {tuple(x.shape)}, x's")
+    stride = vector("gate", gate, x, dtype)
+    y = branch if overwrite and not wide else like(x)
+    _call("gated_residual", x, *row_blocks(x)[:4], x, branch, gate, y, stride, wide, dtype=dtype)
     return y
+
+
+def gate_gradient(dy: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(gate * dy, dy, the sums of dy over (H, W)): the first two of gate's dtype, sums (N, C), accumulation dtype.
+
+    dy may be float32 though gate is a 16-bit type; where it is not, the second result is dy itself.
+    """
+    image("dy", dy)
+    dtype = gate.dtype
+    wide = wide_stream(dy, dtype)
+    stride = vector("gate", gate, dy, dtype)
+    *sizes, blocks = row_blocks(dy)
+    n, c = dy.shape[:2]
+    dbranch, sums = like(dy, dtype), reduced(dy, n, c)
+    narrow = like(dy, dtype) if wide else dy
+    args = (dy, gate, dbranch, narrow, sums, reduced(dy, blocks, c), stride, wide)
+    _call("gate_gradient", dy, *sizes, *args, dtype=dtype)
+    return dbranch, narrow, sums
 
 
 def gated_residual_backward(dy: Tensor, branch: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of gated_residual but x's, which is dy: dbranch, and dgate per sample, (N, C), accumulation dtype."""
-    _image("dy", dy)
-    _image("branch", branch, dy)
-    stride = _vector("gate", gate, dy)
+    image("dy", dy)
+    image("branch", branch, dy)
+    stride = vector("gate", gate, dy)
     n, c = dy.shape[:2]
-    *sizes, blocks = _blocks(dy)
-    dbranch, dgate, partial = _like(dy), _reduced(dy, n, c), _reduced(dy, blocks, c)
+    *sizes, blocks = row_blocks(dy)
+    dbranch, dgate, partial = like(dy), reduced(dy, n, c), reduced(dy, blocks, c)
     _call("gated_residual_backward", dy, *sizes, dy, branch, gate, dbranch, dgate, partial, stride)
     return dbranch, dgate
 
@@ -247,13 +238,13 @@ def gated_residual_adaln(
     x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y, h, mean, rstd): y = x + gate * branch, rounded; h = adaLN of that y; mean, rstd as adaln_modulate's."""
-    _image("x", x)
-    _image("branch", branch, x)
-    strides = _vector("gate", gate, x), _vector("shift", shift, x), _vector("scale", scale, x)
+    image("x", x)
+    image("branch", branch, x)
+    strides = vector("gate", gate, x), vector("shift", shift, x), vector("scale", scale, x)
     n, _, height, width = x.shape
-    y, h, mean, rstd = _like(x), _like(x), _reduced(x, n, height, width), _reduced(x, n, height, width)
+    y, h, mean, rstd = like(x), like(x), reduced(x, n, height, width), reduced(x, n, height, width)
     args = (x, branch, gate, shift, scale, y, h, mean, rstd, *strides, eps)
-    _call("gated_residual_adaln", x, *_blocks(x)[:4], *args)
+    _call("gated_residual_adaln", x, *row_blocks(x)[:4], *args)
     return y, h, mean, rstd
 
 
@@ -261,17 +252,17 @@ def gated_residual_adaln_backward(
     dy: Tensor, dh: Tensor, y: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dx, dbranch, dgate, dshift, dscale) of gated_residual_adaln; the vectors per sample, accumulation dtype."""
-    _image("y", y)
+    image("y", y)
     for name, t in (("dy", dy), ("dh", dh), ("branch", branch)):
-        _image(name, t, y)
-    strides = _vector("gate", gate, y), _vector("scale", scale, y)
+        image(name, t, y)
+    strides = vector("gate", gate, y), vector("scale", scale, y)
     _statistics(y, mean, rstd)
     n, c = y.shape[:2]
-    *sizes, blocks = _blocks(y)
-    dx, dbranch = _like(y), _like(y)
-    dgate, dshift, dscale = _reduced(y, n, c), _reduced(y, n, c), _reduced(y, n, c)
+    *sizes, blocks = row_blocks(y)
+    dx, dbranch = like(y), like(y)
+    dgate, dshift, dscale = reduced(y, n, c), reduced(y, n, c), reduced(y, n, c)
     ins = (dy, dh, y, branch, gate, scale, mean, rstd)
-    outs = (dx, dbranch, dgate, dshift, dscale, _reduced(y, blocks, 3, c))
+    outs = (dx, dbranch, dgate, dshift, dscale, reduced(y, blocks, 3, c))
     _call("gated_residual_adaln_backward", y, *sizes, *ins, *outs, *strides)
     return dx, dbranch, dgate, dshift, dscale
 
@@ -281,36 +272,44 @@ def gated_residual_adaln_backward(
 
 def channel_sums(x: Tensor) -> Tensor:
     """The sum over (H, W), (N, C) in the accumulation dtype."""
-    _image("x", x)
-    *sizes, blocks = _blocks(x)
-    out, partial = _reduced(x, *x.shape[:2]), _reduced(x, blocks, x.shape[1])
+    image("x", x)
+    *sizes, blocks = row_blocks(x)
+    out, partial = reduced(x, *x.shape[:2]), reduced(x, blocks, x.shape[1])
     _call("channel_sums", x, *sizes, x, out, partial)
     return out
 
 
 def channel_dots(a: Tensor, b: Tensor) -> Tensor:
     """The sum over (H, W) of a * b, (N, C) in the accumulation dtype."""
-    _image("a", a)
-    _image("b", b, a)
-    *sizes, blocks = _blocks(a)
-    out, partial = _reduced(a, *a.shape[:2]), _reduced(a, blocks, a.shape[1])
+    image("a", a)
+    image("b", b, a)
+    *sizes, blocks = row_blocks(a)
+    out, partial = reduced(a, *a.shape[:2]), reduced(a, blocks, a.shape[1])
     _call("channel_dots", a, *sizes, a, b, out, partial)
     return out
 
 
 def channel_affine(
-    x: Tensor, s: Tensor, shift: Tensor | None = None, z: Tensor | None = None, r: Tensor | None = None
+    x: Tensor,
+    s: Tensor,
+    shift: Tensor | None = None,
+    z: Tensor | None = None,
+    r: Tensor | None = None,
+    overwrite: bool = False,
 ) -> Tensor:
-    """x * s + z * r + shift; s, shift and r (N, C) or (1, C) in the accumulation dtype, z and r together or neither."""
-    _image("x", x)
+    """x * s + z * r + shift; s, shift and r (N, C) or (1, C) in the accumulation dtype, z and r together or neither.
+
+    With overwrite the result may take x's memory.
+    """
+    image("x", x)
     if (z is None) != (r is None):
         raise ValueError("z and r belong together: expected both or neither")
     if z is not None:
-        _image("z", z, x)
+        image("z", z, x)
     vectors = (("s", s), ("shift", shift), ("r", r))
-    strides = [0 if v is None else _vector(k, v, x, accumulator(x.dtype)) for k, v in vectors]
-    y = _like(x)
-    _call("channel_affine", x, *_blocks(x)[:4], x, s, shift, z, r, y, *strides)
+    strides = [0 if v is None else vector(k, v, x, accumulation_dtype(x.dtype)) for k, v in vectors]
+    y = x if overwrite else like(x)
+    _call("channel_affine", x, *row_blocks(x)[:4], x, s, shift, z, r, y, *strides)
     return y
 
 
@@ -326,9 +325,9 @@ def _depthwise_sizes(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool)
     k = weight.shape[-1] if weight.ndim else 0
     if k not in (1, 3, 5, 7, 9):
         raise ValueError(f"weight has shape {tuple(weight.shape)}: expected ({c}, 1, k, k) with k in 1, 3, 5, 7, 9")
-    _dense("weight", weight, (c, 1, k, k), x.dtype, x.device)
+    dense("weight", weight, (c, 1, k, k), x.dtype, x.device)
     if bias is not None:
-        _dense("bias", bias, (c,), x.dtype, x.device)
+        dense("bias", bias, (c,), x.dtype, x.device)
     wanted = max(16 // max(n * -(-c // 64), 1), 1)
     block = max(-(-h // wanted), min(h, 8))
     return n, h, w, c, k, int(gelu), block
@@ -338,15 +337,15 @@ def _depthwise_scratch(x: Tensor, k: int, backward: bool) -> Tensor:
     if x.device.type != "cpu":
         return x  # about to be refused
     threads = torch.get_num_threads()
-    size = extension().depthwise_scratch(_DTYPES[x.dtype], threads, x.shape[1], x.shape[3], k, backward)
+    size = extension().depthwise_scratch(DTYPES[x.dtype], threads, x.shape[1], x.shape[3], k, backward)
     return torch.empty(size, dtype=torch.uint8)
 
 
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
     """Depthwise k x k convolution with zero padding k // 2, through GELU if gelu; weight (C, 1, k, k), bias (C,)."""
-    _image("x", x)
+    image("x", x)
     sizes = _depthwise_sizes(x, weight, bias, gelu)
-    y = _like(x)
+    y = like(x)
     _call("depthwise", x, x, weight, bias, y, _depthwise_scratch(x, sizes[4], False), *sizes)
     return y
 
@@ -355,13 +354,13 @@ def depthwise_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of depthwise: dx as x; dweight (C, 1, k, k) and dbias (C,) in the accumulation dtype."""
-    _image("x", x)
-    _image("dy", dy, x)
+    image("x", x)
+    image("dy", dy, x)
     sizes = _depthwise_sizes(x, weight, bias, gelu)
     n, h, _, c, k, _, block = sizes
     partitions = min(n * -(-h // block), 64)
-    dx, dweight, dbias = _like(x), _reduced(x, c, 1, k, k), _reduced(x, c)
-    partial = _reduced(x, partitions, k * k + 1, c)
+    dx, dweight, dbias = like(x), reduced(x, c, 1, k, k), reduced(x, c)
+    partial = reduced(x, partitions, k * k + 1, c)
     outs = (dx, dweight, dbias, partial, _depthwise_scratch(x, k, True))
     _call("depthwise_backward", x, dy, x, weight, bias, *outs, *sizes, partitions)
     return dx, dweight, dbias
@@ -375,16 +374,16 @@ _CHUNK_BYTES = 1 << 22
 
 def _shuffle_views(up: Tensor, skip: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Check; up as (N*H, W, 4C), skip as (N*H, 4W, S), weight as (K, C + S)."""
-    _image("up", up)
-    _image("skip", skip)
+    image("up", up)
+    image("skip", skip)
     n, c4, h, w = up.shape
     s = skip.shape[1]
     if c4 % 4:
         raise ValueError(f"up has {c4} channels: expected a multiple of 4")
     if skip.shape != (n, s, 2 * h, 2 * w):
         raise ValueError(f"skip has shape {tuple(skip.shape)}: expected ({n}, S, {2 * h}, {2 * w})")
-    _kind("skip", skip, up.dtype, up.device)
-    _dense("weight", weight, (weight.shape[0], c4 // 4 + s, 1, 1), up.dtype, up.device)
+    kind("skip", skip, up.dtype, up.device)
+    dense("weight", weight, (weight.shape[0], c4 // 4 + s, 1, 1), up.dtype, up.device)
     return (
         up.permute(0, 2, 3, 1).reshape(n * h, w, c4),
         skip.permute(0, 2, 3, 1).reshape(n * h, 4 * w, s),
@@ -410,7 +409,7 @@ def pixel_shuffle_skip(up: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | 
     small, large, matrix = _shuffle_views(up, skip, weight)
     k, wide = matrix.shape
     if bias is not None:
-        _dense("bias", bias, (k,), up.dtype, up.device)
+        dense("bias", bias, (k,), up.dtype, up.device)
     n, _, height, width = skip.shape
     out = torch.empty((n, k, height, width), dtype=up.dtype, device=up.device, memory_format=torch.channels_last)
     rows = out.permute(0, 2, 3, 1).reshape(-1, k)
@@ -431,15 +430,15 @@ def pixel_shuffle_skip_backward(
     small, large, matrix = _shuffle_views(up, skip, weight)
     k, wide = matrix.shape
     n, _, height, width = skip.shape
-    _image("dy", dy)
+    image("dy", dy)
     if dy.shape != (n, k, height, width):
         raise ValueError(f"dy has shape {tuple(dy.shape)}: expected {(n, k, height, width)}")
-    _kind("dy", dy, up.dtype, up.device)
+    kind("dy", dy, up.dtype, up.device)
     dy_rows = dy.permute(0, 2, 3, 1).reshape(-1, k)
-    dup, dskip = _like(up), _like(skip)
+    dup, dskip = like(up), like(skip)
     dsmall = dup.permute(0, 2, 3, 1).reshape(small.shape)
     dlarge = dskip.permute(0, 2, 3, 1).reshape(large.shape)
-    dweight = torch.zeros(k, wide, dtype=accumulator(up.dtype), device=up.device)
+    dweight = torch.zeros(k, wide, dtype=accumulation_dtype(up.dtype), device=up.device)
     for part, pixels, cat in _shuffle_chunks(small, wide):
         sizes = (part.stop - part.start, small.shape[1], small.shape[2] // 4, large.shape[2])
         _call("shuffle_gather", up, small[part], large[part], cat, *sizes)
@@ -447,3 +446,66 @@ def pixel_shuffle_skip_backward(
         torch.mm(dy_rows[pixels], matrix, out=cat)
         _call("shuffle_scatter", up, dsmall[part], dlarge[part], cat, *sizes)
     return dup, dskip, dweight.reshape(k, wide, 1, 1), channel_sums(dy).sum(0)
+
+
+# ---- between two 1x1 convolutions: csrc/cpu/pointwise.h ----
+
+
+def gelu(x: Tensor, squares: bool) -> tuple[Tensor, Tensor | None]:
+    """GELU in its exact form; with squares also the sums over (H, W) of its square, (N, C), accumulation dtype."""
+    image("x", x)
+    *sizes, blocks = row_blocks(x)
+    n, c = x.shape[:2]
+    y, sums, partial = like(x), None, None
+    if squares:
+        sums, partial = reduced(x, n, c), reduced(x, blocks, c)
+    _call("gelu", x, *sizes, x, y, sums, partial)
+    return y, sums
+
+
+def gelu_backward(
+    dy: Tensor, x: Tensor, s: Tensor | None = None, r: Tensor | None = None, keep: bool = False, overwrite: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(dx, gelu(x) if keep, the sums over (H, W) of dx); with s and r, (N, C), of s * dy + r * gelu(x) instead of dy.
+
+    With overwrite dx may take dy's memory.
+    """
+    image("x", x)
+    image("dy", dy, x)
+    if (s is None) != (r is None):
+        raise ValueError("s and r belong together: expected both or neither")
+    n, c = x.shape[:2]
+    for name, v in (("s", s), ("r", r)):
+        if v is not None:
+            dense(name, v, (n, c), accumulation_dtype(x.dtype), x.device)
+    *sizes, blocks = row_blocks(x)
+    dx, sums, y = dy if overwrite else like(x), reduced(x, n, c), like(x) if keep else None
+    _call("gelu_backward", x, *sizes, dy, x, s, r, dx, y, sums, reduced(x, blocks, c))
+    return dx, y, sums
+
+
+def gated_products(
+    products: Tensor, weight: Tensor, gate: Tensor, s: Tensor | None, dweight: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """What G_n = dy_n^T x_n, (N, K, C), holds of the gradients of gate * W (s x); see ops/pointwise.py.
+
+    Adds sum_n gate_n G_n s_n to dweight (K, C); returns rowsum(W * G_n s_n), (N, K), and with s, (N, C),
+    colsum(gate_n W * G_n), (N, C). dweight, s and what is returned are in the accumulation dtype.
+    """
+    n, k, c = products.shape
+    wide = accumulation_dtype(products.dtype)
+    dense("products", products, (n, k, c), products.dtype, products.device)
+    dense("weight", weight, (k, c), products.dtype, products.device)
+    if gate.shape[0] not in (1, n):
+        raise ValueError(f"gate has shape {tuple(gate.shape)}: expected ({n}, {k}) or (1, {k})")
+    dense("gate", gate, (gate.shape[0], k), products.dtype, products.device)
+    dense("dweight", dweight, (k, c), wide, products.device)
+    block = max(min(-(-k // 32), 64), 4)
+    dgate, dscale, partial = reduced(products, n, k), None, None
+    if s is not None:
+        dense("s", s, (n, c), wide, products.device)
+        dscale, partial = reduced(products, n, c), reduced(products, -(-k // block), n, c)
+    stride = 0 if gate.shape[0] == 1 else k
+    args = (products, weight, gate, s, dweight, dgate, dscale, partial, n, k, c, block, stride)
+    _call("gated_products", products, *args)
+    return dgate, dscale

@@ -130,3 +130,19 @@ class Denoiser(nn.Module):
         conditional, unconditional = noise.chunk(2)
         guided = unconditional + cfg_scale * (conditional - unconditional)
         return torch.cat([torch.cat([guided, guided]), rest], dim=1)
+
+
+class UShaped(Denoiser):
+    """Base of DiCo and FCDM: what they do the same way between their levels."""
+
+    def join(self, up: nn.Module, reduce: nn.Module, x: Tensor, skip: Tensor) -> Tensor:
+        """Go up one level: the 1x1 convolution ``reduce`` of cat[up(x), skip].
+
+        Args:
+            up: what upsample makes.
+            reduce: a 1x1 convolution.
+            x: (N, C, H, W).
+            skip: (N, S, 2H, 2W).
+        """
+        joined: Tensor = reduce(torch.cat([up(x), skip], 1))
+        return joined

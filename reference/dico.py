@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from . import functional as F
-from .base import Denoiser, check_depth, downsample, inner_width, upsample, whole_number
+from .base import UShaped, check_depth, downsample, inner_width, upsample, whole_number
 from .embed import (
     SharedDropLabelEmbedder,
     TimestepEmbedder,
@@ -90,7 +89,7 @@ class FinalLayer(nn.Module):
         return self.out_proj(F.adaln_modulate(x, shift, scale))
 
 
-class DiCo(Denoiser):
+class DiCo(UShaped):
     """DiCo.
 
     Args:
@@ -172,10 +171,10 @@ class DiCo(Denoiser):
         skip2, x = x, self.down2_3(x)
         for block in self.latent:
             x = block(x, c3)
-        x = self.reduce_chan_level2(torch.cat([self.up3_2(x), skip2], 1))
+        x = self.join(self.up3_2, self.reduce_chan_level2, x, skip2)
         for block in self.decoder_level_2:
             x = block(x, c2)
-        x = self.reduce_chan_level1(torch.cat([self.up2_1(x), skip1], 1))
+        x = self.join(self.up2_1, self.reduce_chan_level1, x, skip1)
         for block in self.decoder_level_1:
             x = block(x, c2)
         return self.final_layer(x, c2)

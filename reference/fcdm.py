@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional as F
-from .base import Denoiser, check_depth, downsample, inner_width, upsample, whole_number
+from .base import UShaped, check_depth, downsample, inner_width, upsample, whole_number
 from .embed import LabelEmbedder, TimestepEmbedder, initialise, initialise_flattened, silu_linear, zero
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -78,7 +78,7 @@ class FinalLayer(nn.Module):
         return self.conv(F.adaln_modulate(x, shift, scale))
 
 
-class FCDM(Denoiser):
+class FCDM(UShaped):
     """FCDM.
 
     Args:
@@ -161,10 +161,10 @@ class FCDM(Denoiser):
         skip2, x = x, self.down2_3(x)
         for block in self.latent:
             x = block(x, c3)
-        x = self.reduce_chans_2(torch.cat([self.up3_2(x), skip2], 1))
+        x = self.join(self.up3_2, self.reduce_chans_2, x, skip2)
         for block in self.decoder_level_2:
             x = block(x, c2)
-        x = self.reduce_chans_1(torch.cat([self.up2_1(x), skip1], 1))
+        x = self.join(self.up2_1, self.reduce_chans_1, x, skip1)
         for block in self.decoder_level_1:
             x = block(x, c1)
         return self.final_layer(self.output_layer(x), c1)

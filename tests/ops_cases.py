@@ -61,6 +61,50 @@ def _pw(c: int) -> float:
     return 1.001 / c**0.5
 
 
+def _stream(n: int, c: int, h: int, w: int) -> list[tuple[tuple[int, ...], float]]:
+    return [((n, c, h, w), IMAGE), *[((n, c), VECTOR)] * 3]
+
+
+def conv_half(n: int, c: int, h: int, w: int, k: int) -> list[tuple[tuple[int, ...], float]]:
+    return [
+        *_stream(n, c, h, w),
+        ((k, c, 1, 1), _pw(c)),
+        ((k,), VECTOR),
+        ((k, 1, 3, 3), 0.4),
+        ((k,), VECTOR),
+        ((k, k, 1, 1), 3 * _pw(k)),
+        ((k,), VECTOR),
+        ((c, k, 1, 1), _pw(k)),
+        ((c,), VECTOR),
+    ]
+
+
+def ffn_half(n: int, c: int, h: int, w: int, k: int) -> list[tuple[tuple[int, ...], float]]:
+    return [
+        *_stream(n, c, h, w),
+        ((k, c, 1, 1), _pw(c)),
+        ((k,), VECTOR),
+        ((c, k, 1, 1), _pw(k)),
+        ((c,), VECTOR),
+    ]
+
+
+def fcdm_block(n: int, c: int, h: int, w: int, k: int) -> list[tuple[tuple[int, ...], float]]:
+    return [
+        *_stream(n, c, h, w),
+        ((c, 1, 7, 7), 0.2),
+        ((c,), VECTOR),
+        ((k, c, 1, 1), _pw(c)),
+        ((k,), VECTOR),
+        ((1, k, 1, 1), VECTOR),
+        ((1, k, 1, 1), VECTOR),
+        ((c, k, 1, 1), _pw(k)),
+        ((c,), VECTOR),
+    ]
+
+
+BRANCHES = ("conv_half", "ffn_half", "fcdm_block")
+
 CASES = {
     c.name: c
     for c in [
@@ -95,6 +139,9 @@ CASES = {
         ),
         Case("cca_gate", 3, lambda n, c, h, w: [((n, c, h, w), IMAGE), ((c, c, 1, 1), 3 * _pw(c)), ((c,), VECTOR)]),
         Case("grn", 1, lambda n, c, h, w: [((n, c, h, w), IMAGE), ((1, c, 1, 1), VECTOR), ((1, c, 1, 1), VECTOR)]),
+        Case("conv_half", 8, lambda n, c, h, w: conv_half(n, c, h, w, c + 2)),
+        Case("ffn_half", 6, lambda n, c, h, w: ffn_half(n, c, h, w, 2 * c + 1)),
+        Case("fcdm_block", 8, lambda n, c, h, w: fcdm_block(n, c, h, w, 2 * c + 1)),
         Case(
             "pixel_shuffle_skip",
             2,
@@ -145,7 +192,7 @@ def check_against_float64(
     eager = outputs_and_gradients(case.definition, rounded)
     ours = [v.cpu() for v in outputs_and_gradients(case.op, [a.to(device) for a in rounded])]
     band = exact_floor if dtype == torch.float64 else case.roundings * torch.finfo(dtype).eps / 2
-    if arguments[0].shape[1] == 1 and "adaln" in case.name:
+    if arguments[0].shape[1] == 1 and ("adaln" in case.name or case.name in BRANCHES):
         # LayerNorm of one channel: everything cancels but roundings, which 1 / sqrt(eps) multiplies.
         band *= 1e3
     for index, (o, e, t) in enumerate(zip(ours, eager, truth, strict=True)):

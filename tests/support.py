@@ -50,6 +50,27 @@ def run_python(*args: str, cwd: Path, **env: str) -> subprocess.CompletedProcess
     )
 
 
+def cmake(*args: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """The cmake of this environment's package, told where this environment's Python, ninja and pybind11 are."""
+    import cmake as package
+    import ninja
+    import pybind11
+
+    found = [
+        "-GNinja",
+        f"-DCMAKE_MAKE_PROGRAM={Path(ninja.BIN_DIR) / 'ninja'}",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+    ]
+    return subprocess.run(
+        [Path(package.CMAKE_BIN_DIR) / "cmake", *args, *([] if "--build" in args else found)],
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
 def copy_package(target: Path) -> Path:
     """A copy of the package's Python files and extension, importable with PYTHONPATH=target."""
     import shutil
@@ -59,6 +80,25 @@ def copy_package(target: Path) -> Path:
     shutil.copytree(Path(dico_kernels.__file__).parent, package, ignore=ignore, dirs_exist_ok=True)
     shutil.copytree(REFERENCE_DIR, package / "reference", ignore=ignore, dirs_exist_ok=True)
     return package
+
+
+def assert_noticed(bug: str, tests: str, copy: Path) -> None:
+    """Run tests (a file or test, perhaps narrowed by -k) on a copied package: a comparison in them has to fail."""
+    path, _, only = tests.partition(" -k ")
+    done = run_python(
+        "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", only or "not test_macs", str(ROOT / path),
+        cwd=Path("/"), PYTHONPATH=str(copy.parent),
+    )  # fmt: skip
+    assert done.returncode == 1, f"no test noticed: {bug}\n{done.stdout[-2000:]}"
+    # By comparison, not by falling over: pytest ends a failed assertion's report so.
+    assert "AssertionError" in done.stdout, done.stdout[-2000:]
+
+
+def plant(path: Path, source: str, bug: str) -> None:
+    """Change the one place in a file that reads like this."""
+    text = path.read_text()
+    assert text.count(source) == 1, f"{source!r} is {text.count(source)} times in {path.name}, not once: move the bug"
+    path.write_text(text.replace(source, bug))
 
 
 def conditioning(n: int, c: int, dtype: torch.dtype, count: int = 2) -> list[Tensor]:

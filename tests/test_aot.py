@@ -61,7 +61,7 @@ def test_unknown_names_are_answered_with_the_known_ones():
 
 def test_every_kernel_is_compiled():
     written = set()
-    for name in ("adaln", "channel", "depthwise", "pixel_shuffle"):
+    for name in ("adaln", "channel", "depthwise", "gemm", "pixel_shuffle", "pointwise"):
         module = importlib.import_module(f"dico_kernels.kernels.{name}")
         written |= {name for name in vars(module) if name.endswith("_kernel")}
     assert {kernel.launch.kernel.__name__ for kernel in aot.kernels().values()} == written
@@ -123,3 +123,22 @@ def test_narrow_offsets(old, new, problem):
 )
 def test_serialised_matrix_instructions(sass, serial):
     assert aot.serialised(sass) is serial
+
+
+LOOP = """
+.L_x_0:
+  STL [R1], R2 ;
+.L_x_1:
+  HGMMA.64x64x16.F32 R24 ;
+  @P0 BRA `(.L_x_1) ;
+  LDL R2, [R1] ;
+  BRA `(.L_x_0) ;
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "spills"),
+    [("", "", 0), ("  HGMMA", "  LDL R2, [R1] ;\n  HGMMA", 1), ("HGMMA", "HMMA", 0)],
+)
+def test_spills_in_the_loop(old, new, spills):
+    assert aot.loop_spills(LOOP.replace(old, new, 1)) == spills

@@ -1,6 +1,7 @@
 """The tests themselves, tested: each planted bug must turn one of them red.
 
-Each case copies the package, changes one line of its source and runs the tests of that part against the copy.
+Each case copies the package, changes one place in its source and runs the tests of that part against the copy. For
+the C++ kernels see test_native_mutations.py.
 """
 
 from __future__ import annotations
@@ -8,14 +9,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from support import ROOT, copy_package, run_python
+from support import assert_noticed, copy_package, plant, run_python
 
 MODELS, OPS = "tests/reference/test_models.py", "tests/reference/test_functional.py"
+GRN = "tests/ops/test_numerics.py::test_against_float64 -k grn-reference"
 
-# name: (file, line as it is, line with the bug, tests that must notice)
+# name: (file, source as it is, source with the bug, tests that must notice, perhaps narrowed by pytest's -k)
 BUGS = {
     "tanh GELU": ("reference/functional.py", "F.gelu(x)", 'F.gelu(x, approximate="tanh")', MODELS),
-    "erf GELU in DiT": ("reference/dit.py", 'nn.GELU(approximate="tanh")', "nn.GELU()", MODELS),
+    "erf GELU in DiT": ("reference/dit.py", 'nn.GELU(approximate="tanh")', "nn.GELU()", MODELS + " -k DiT"),
     "LayerNorm eps": ("reference/functional.py", "LN_EPS = 1e-6", "LN_EPS = 1e-5", OPS),
     "GRN eps": ("reference/functional.py", "GRN_EPS = 1e-6", "GRN_EPS = 1e-4", OPS),
     "no channel attention": ("reference/dico.py", "h * self.ca(h)", "h * 0.5", MODELS),
@@ -40,33 +42,189 @@ BUGS = {
         MODELS,
     ),
     "concat order": ("reference/functional.py", "F.pixel_shuffle(up, 2), skip", "skip, F.pixel_shuffle(up, 2)", OPS),
-    "concat order in DiCo": ("reference/dico.py", "self.up3_2(x), skip2", "skip2, self.up3_2(x)", MODELS),
+    "concat order in models": ("reference/base.py", "cat([up(x), skip], 1))", "cat([skip, up(x)], 1))", MODELS),
     "sin before cos": ("reference/embed.py", "angles.cos(), angles.sin()", "angles.sin(), angles.cos()", MODELS),
-    "position axes swapped": ("reference/embed.py", "[across, down]", "[down, across]", MODELS),
-    "four guided channels": ("reference/base.py", "GUIDED_CHANNELS = 3", "GUIDED_CHANNELS = 4", MODELS),
+    "position axes swapped": ("reference/embed.py", "[across, down]", "[down, across]", MODELS + " -k DiT"),
+    "four guided channels": (
+        "reference/base.py",
+        "GUIDED_CHANNELS = 3",
+        "GUIDED_CHANNELS = 4",
+        MODELS + " -k outputs_are",
+    ),
     "a mask a table": (
         "reference/embed.py",
         'self.get_submodule(f"embedding_table_{level}")(y)',
         'self.get_submodule(f"embedding_table_{level}")(drop_labels(y, self.num_classes, self.dropout_prob))',
-        MODELS,
+        MODELS + " -k one_mask",
     ),
-    "adaLN not zeroed": ("reference/dico.py", "zero(m.adaLN_modulation)", "pass", MODELS),
+    "adaLN not zeroed": ("reference/dico.py", "zero(m.adaLN_modulation)", "pass", MODELS + " -k initialisation"),
+    "GRN eps under the root": (
+        "ops/grn.py",
+        "(x, x).sqrt()",
+        "(x, x).add(eps).sqrt()",
+        GRN,
+    ),
+    "GRN mean over samples too": (
+        "ops/grn.py",
+        "norm / (norm.mean(1, keepdim=True) + eps)",
+        "norm / (norm.mean() + eps)",
+        GRN,
+    ),
+}
+
+# The same in the Triton kernels, which the interpreter runs where there is no GPU.
+TRITON_BUGS = {
+    "eps outside the root": (
+        "adaln.py",
+        "1.0 / tl.sqrt(var + EPS)",
+        "1.0 / (tl.sqrt(var) + EPS)",
+        "adaln.py::test_eps",
+    ),
+    "mean not subtracted": (
+        "adaln.py",
+        "tl.where(cmask, x - mean[:, None], 0.0)",
+        "tl.where(cmask, x, 0.0)",
+        "adaln.py::TestAgainstFloat64::test_adaln",
+    ),
+    "unbiased variance": (
+        "adaln.py",
+        "tl.sum(d * d, axis=1) / C",
+        "tl.sum(d * d, axis=1) / (C - 1)",
+        "adaln.py::TestAgainstFloat64::test_adaln",
+    ),
+    "scale for 1 + scale": (
+        "adaln.py",
+        "store(h + offset, xhat * a + b, mask)",
+        "store(h + offset, xhat * (a - 1.0) + b, mask)",
+        "adaln.py::TestAgainstFloat64::test_seam",
+    ),
+    "gradient's mean not subtracted": (
+        "adaln.py",
+        "(g - mean_g[:, None] - xhat * mean_gx[:, None])",
+        "(g - xhat * mean_gx[:, None])",
+        "adaln.py::TestAgainstFloat64::test_adaln",
+    ),
+    "the first sample's gate": (
+        "adaln.py",
+        "x, branch, gate, y, c, h * w, row_blocks, col_blocks, batch_stride(gate),",
+        "x, branch, gate, y, c, h * w, row_blocks, col_blocks, 0,",
+        "adaln.py::TestAgainstFloat64::test_gated_residual",
+    ),
+    "statistics of the unrounded sum": (
+        "adaln.py",
+        "v = rounded(v, y.dtype.element_ty)",
+        "v = v",
+        "adaln.py::test_statistics_are_those_of_the_rounded_sum",
+    ),
+    "last band of rows not summed": (
+        "channel.py",
+        "cdiv(h * w, tile.span), cdiv(c, tile.cols)",
+        "max(h * w // tile.span, 1), cdiv(c, tile.cols)",
+        "channel.py::TestAgainstFloat64::test_sums_and_dots",
+    ),
+    "taps of dx not turned": (
+        "depthwise.py",
+        "K * K - 1 - t if FLIP else t",
+        "t",
+        "depthwise.py::test_against_float64 -k 7-plain",
+    ),
+    "taps of the fused dx turned": (
+        "depthwise.py",
+        "d * taps[ky * K + kx]",
+        "d * taps[(K - 1 - ky) * K + kx]",
+        "depthwise.py::test_against_float64 -k 3-plain",
+    ),
+    "halo above a block dropped": (
+        "depthwise.py",
+        "for r in range(first - P, last + P):",
+        "for r in range(first, last + P):",
+        "depthwise.py::test_seams_between_tiles",
+    ),
+    "halo counted in dbias": (
+        "depthwise.py",
+        "tl.where((s >= first) & (s < last), d, 0.0)",
+        "d",
+        "depthwise.py::test_seams_between_tiles",
+    ),
+    "GELU's slope without its density": (
+        "common.py",
+        "return normal_cdf(x) + x * density * 0.3989422804014327",
+        "return normal_cdf(x)",
+        "common.py::test_gelu_and_its_derivative",
+    ),
+    "sub-pixels transposed": (
+        "pixel_shuffle.py",
+        "(y % 2) * 2 + x % 2",
+        "(x % 2) * 2 + y % 2",
+        "pixel_shuffle.py::test_against_float64",
+    ),
+    "gradient's sub-pixels transposed": (
+        "pixel_shuffle.py",
+        "tl.interleave(tl.interleave(s00, s10), tl.interleave(s01, s11))",
+        "tl.interleave(tl.interleave(s00, s01), tl.interleave(s10, s11))",
+        "pixel_shuffle.py::test_against_float64",
+    ),
+}
+BUGS |= {
+    f"Triton: {name}": (f"kernels/{file}", source, bug, f"tests/kernels/test_{tests}")
+    for name, (file, source, bug, tests) in TRITON_BUGS.items()
+}
+BRANCHES = "tests/ops/test_numerics.py::test_against_float64 -k "
+BUGS |= {
+    f"branches: {name}": (f"ops/{file}", source, bug, tests)
+    for name, (file, source, bug, tests) in {
+        "pooling's gradient not divided": (
+            "block.py",
+            "shift=dpooled / (x.shape[2] * x.shape[3])",
+            "shift=dpooled",
+            BRANCHES + "conv_half-native",
+        ),
+        "the branch formed anew without its bias": (
+            "pointwise.py",
+            "dgate = dgate + sums * held.to(dtype)",
+            "pass",
+            BRANCHES + "ffn_half-reference",
+        ),
+        "GRN's beta not in the gate's gradient": (
+            "pointwise.py",
+            "weight @ shift if bias is None else weight @ shift + bias",
+            "weight @ shift if bias is None else bias",
+            BRANCHES + "fcdm_block-reference",
+        ),
+        "products of unscaled inputs": (
+            "pointwise.py",
+            "own_gate, own_s = gate if gate.shape[0] == 1 else gate[part], None if s is None else s[part]",
+            "own_gate, own_s = gate if gate.shape[0] == 1 else gate[part], None if s is None else 1 + 0 * s[part]",
+            "tests/ops/test_branches.py -k per_sample_products",
+        ),
+        "the residual past the block dropped": (
+            "fcdm_block.py",
+            "return dx + dy, dshift",
+            "return dx, dshift",
+            BRANCHES + "fcdm_block-reference",
+        ),
+        "a float32 stream rounded on its way": (
+            "block.py",
+            "return (out, mean, rstd, h) if save",
+            "return (out.to(w1.dtype).to(x.dtype), mean, rstd, h) if save",
+            "tests/ops/test_branches.py -k float32_stream",
+        ),
+        "everything saved though recomputed": (
+            "block.py",
+            "if save and not recompute:",
+            "if save:",
+            "tests/ops/test_branches.py -k bytes_saved",
+        ),
+    }.items()
 }
 
 
 @pytest.mark.parametrize("name", BUGS)
 def test_bug_is_noticed(name, tmp_path):
     file, line, bug, tests = BUGS[name]
-    target = copy_package(tmp_path).parent / "dico_kernels" / file
-    source = target.read_text()
-    assert source.count(line) >= 1, f"{line!r} is no longer in {file}: move the bug"
-    target.write_text(source.replace(line, bug))
-    done = run_python(
-        "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", "not test_macs", str(ROOT / tests),
-        cwd=Path("/"), PYTHONPATH=str(tmp_path),
-    )  # fmt: skip
-    assert done.returncode == 1, f"no test noticed: {name}\n{done.stdout[-2000:]}"
-    assert "Error" in done.stdout
+    package = copy_package(tmp_path)
+    plant(package / file, line, bug)
+    assert_noticed(name, tests, package)
 
 
 def test_the_copy_is_what_runs(tmp_path):

@@ -4,30 +4,30 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
-import cmake as cmake_package
-import pybind11
 import pytest
 import torch
-from support import ROOT, copy_package, run_python
+from support import ROOT, cmake, copy_package, run_python
 
 import dico_kernels as dk
 from dico_kernels import info, native
 from dico_kernels.fatbin import device_code
 
-# Imports run one way; a floor knows only the floors before it. (info, fatbin and version are read by all.)
+# Imports run one way; a floor knows only the floors before it. (info and the first floor are read by all.)
 TOWER = [
-    {"version", "fatbin"},
+    {"version", "fatbin", "dtypes"},
+    {"_memory"},
     {"kernels", "native", "reference"},
     {"info"},
     {"ops"},
     {"nn"},
-    {"fuse", "explain"},
+    {"_candidates"},
+    {"_probe"},
+    {"fuse"},
+    {"explain"},
     {"models", "checkpoints", "sampling", "training"},
     {"__init__"},
     {"benchmarks", "aot"},
@@ -189,22 +189,6 @@ class TestCommandLine:
         assert self.run("levitate").returncode == 2
 
 
-def configure(tmp_path, *options, **env):
-    return subprocess.run(
-        [
-            Path(cmake_package.CMAKE_BIN_DIR) / "cmake",
-            *("-S", ROOT, "-B", tmp_path),
-            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            f"-DPython_EXECUTABLE={sys.executable}",
-            *options,
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, **env},
-    )
-
-
 @pytest.mark.parametrize(
     ("options", "env", "said"),
     [
@@ -213,12 +197,12 @@ def configure(tmp_path, *options, **env):
     ],
 )
 def test_configures_without_cuda(tmp_path, options, env, said):
-    done = configure(tmp_path, *options, **env)
+    done = cmake("-S", ROOT, "-B", tmp_path, *options, **env)
     assert done.returncode == 0, done.stderr
     assert said in done.stdout
 
 
 def test_cuda_demanded_and_absent_is_an_error(tmp_path):
-    done = configure(tmp_path, "-DDICO_CUDA=1", "-DCMAKE_CUDA_COMPILER=NOTFOUND")
+    done = cmake("-S", ROOT, "-B", tmp_path, "-DDICO_CUDA=1", "-DCMAKE_CUDA_COMPILER=NOTFOUND")
     assert done.returncode != 0
     assert "Put nvcc on PATH" in " ".join(done.stderr.split())

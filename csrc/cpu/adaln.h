@@ -1,41 +1,58 @@
 // The adaLN family: LayerNorm over channels without affine, then * (1 + scale) + shift, and the gated residual that
 // precedes it. One pass over memory each way: a few rows of channels stay in the first-level cache between their
-// statistics and their output. Included inside the namespace of one instruction set (see kernels.cpp).
+// statistics and their output. S is the element type of the residual stream, T that of all else: float32 and a
+// 16-bit type under autocast, where the stream keeps its digits. Included inside the namespace of one instruction
+// set (see kernels.cpp).
 
-// Two passes: E[x^2] - E[x]^2 loses every digit once |mean| is far above the deviation.
+// Two passes: E[x^2] - E[x]^2 loses every digit once |mean| is far above the deviation. What the mean itself lost
+// to rounding the second pass finds, as the mean of the deviations; times -rstd that is `offset`, to be added to (x
+// - mean) * rstd.
+template <class A, int R>
+struct Statistics {
+    A mean[R], rstd[R], offset[R];
+};
+
 template <int R, class T>
-DICO_INLINE void row_statistics(const T* x, int64_t channels, double eps, acc_t<T>* mean, acc_t<T>* rstd) {
+DICO_INLINE Statistics<acc_t<T>, R> row_statistics(const T* x, int64_t channels, double eps) {
     using A = acc_t<T>;
-    vec_t<T> sum[R] = {}, squares[R] = {};
+    Statistics<A, R> found;
+    vec_t<T> sum[R] = {}, left[R] = {}, squares[R] = {};
     each_vector<T>(channels, [&](int64_t c, auto lanes) {
         for (int r = 0; r < R; ++r) sum[r] += vload(x + r * channels + c, lanes);
     });
-    for (int r = 0; r < R; ++r) mean[r] = sum_of(sum[r]) / static_cast<A>(channels);
+    for (int r = 0; r < R; ++r) found.mean[r] = sum_of(sum[r]) / static_cast<A>(channels);
     each_vector<T>(channels, [&](int64_t c, auto lanes) {
         for (int r = 0; r < R; ++r) {
-            const vec_t<T> centred = only(vload(x + r * channels + c, lanes) - mean[r], lanes);
+            const vec_t<T> centred = only(vload(x + r * channels + c, lanes) - found.mean[r], lanes);
+            left[r] += centred;
             squares[r] += centred * centred;
         }
     });
-    for (int r = 0; r < R; ++r)
-        rstd[r] = A(1) / sqrt_of(sum_of(squares[r]) / static_cast<A>(channels) + static_cast<A>(eps));
+    for (int r = 0; r < R; ++r) {
+        const A lost = sum_of(left[r]) / static_cast<A>(channels);
+        const A variance = sum_of(squares[r]) / static_cast<A>(channels) - lost * lost;
+        found.rstd[r] = A(1) / sqrt_of(variance + static_cast<A>(eps));
+        found.offset[r] = -lost * found.rstd[r];
+    }
+    return found;
 }
 
-template <int R, class T>
-DICO_INLINE void modulate_rows(const T* x, const T* shift, const T* scale, T* y, int64_t channels,
-                               const acc_t<T>* mean, const acc_t<T>* rstd) {
+template <int R, class S, class T>
+DICO_INLINE void modulate_rows(const S* x, const T* shift, const T* scale, T* y, int64_t channels,
+                               const Statistics<acc_t<T>, R>& of) {
     using A = acc_t<T>;
     each_vector<T>(channels, [&](int64_t c, auto lanes) {
         const vec_t<T> by = vload(scale + c, lanes) + A(1), plus = vload(shift + c, lanes);
         for (int r = 0; r < R; ++r) {
-            const vec_t<T> normalised = (vload(x + r * channels + c, lanes) - mean[r]) * rstd[r];
+            const vec_t<T> centred = vload(x + r * channels + c, lanes) - of.mean[r];
+            const vec_t<T> normalised = centred * of.rstd[r] + of.offset[r];
             vstore(y + r * channels + c, normalised * by + plus, lanes);
         }
     });
 }
 
-template <int R, class T>
-DICO_INLINE void gate_rows(const T* x, const T* branch, const T* gate, T* y, int64_t channels) {
+template <int R, class S, class T>
+DICO_INLINE void gate_rows(const S* x, const T* branch, const T* gate, S* y, int64_t channels) {
     each_vector<T>(channels, [&](int64_t c, auto lanes) {
         const vec_t<T> g = vload(gate + c, lanes);
         for (int r = 0; r < R; ++r) {
@@ -45,9 +62,9 @@ DICO_INLINE void gate_rows(const T* x, const T* branch, const T* gate, T* y, int
     });
 }
 
-template <class T>
+template <class S, class T>
 static void adaln_modulate_typed(const AdalnArgs& a, int threads) {
-    const T* x = static_cast<const T*>(a.x);
+    const S* x = static_cast<const S*>(a.x);
     T* y = static_cast<T*>(a.y);
     acc_t<T>* means = static_cast<acc_t<T>*>(a.mean);
     acc_t<T>* rstds = static_cast<acc_t<T>*>(a.rstd);
@@ -57,19 +74,18 @@ static void adaln_modulate_typed(const AdalnArgs& a, int threads) {
         each_group(image * a.rows + first, image * a.rows + end, [&](int64_t row, auto group) {
             constexpr int R = decltype(group)::value;
             const int64_t at = row * a.channels;
-            acc_t<T> mean[R], rstd[R];
-            row_statistics<R>(x + at, a.channels, a.eps, mean, rstd);
-            modulate_rows<R>(x + at, shift, scale, y + at, a.channels, mean, rstd);
-            for (int r = 0; r < R; ++r) means[row + r] = mean[r], rstds[row + r] = rstd[r];
+            const auto found = row_statistics<R>(x + at, a.channels, a.eps);
+            modulate_rows<R>(x + at, shift, scale, y + at, a.channels, found);
+            for (int r = 0; r < R; ++r) means[row + r] = found.mean[r], rstds[row + r] = found.rstd[r];
         });
     });
 }
 
-template <class T>
+template <class S, class T>
 static void gated_residual_typed(const GatedArgs& a, int threads) {
-    const T* x = static_cast<const T*>(a.x);
+    const S* x = static_cast<const S*>(a.x);
     const T* branch = static_cast<const T*>(a.branch);
-    T* y = static_cast<T*>(a.y);
+    S* y = static_cast<S*>(a.y);
     each_block(a, threads, [=](int64_t image, int64_t first, int64_t end, int64_t) {
         const T* gate = static_cast<const T*>(a.gate) + image * a.gate_stride;
         each_group(image * a.rows + first, image * a.rows + end, [&](int64_t row, auto group) {
@@ -95,11 +111,10 @@ static void gated_residual_adaln_typed(const GatedAdalnArgs& a, int threads) {
         each_group(image * a.rows + first, image * a.rows + end, [&](int64_t row, auto group) {
             constexpr int R = decltype(group)::value;
             const int64_t at = row * a.channels;
-            acc_t<T> mean[R], rstd[R];
             gate_rows<R>(x + at, branch + at, gate, y + at, a.channels);
-            row_statistics<R>(y + at, a.channels, a.eps, mean, rstd);
-            modulate_rows<R>(y + at, shift, scale, h + at, a.channels, mean, rstd);
-            for (int r = 0; r < R; ++r) means[row + r] = mean[r], rstds[row + r] = rstd[r];
+            const auto found = row_statistics<R>(y + at, a.channels, a.eps);
+            modulate_rows<R>(y + at, shift, scale, h + at, a.channels, found);
+            for (int r = 0; r < R; ++r) means[row + r] = found.mean[r], rstds[row + r] = found.rstd[r];
         });
     });
 }
@@ -132,25 +147,62 @@ static void gated_residual_backward_typed(const GatedBackwardArgs& a, int thread
     sum_blocks(partial, a.channels, static_cast<A*>(a.dgate), a, threads);
 }
 
-// LayerNorm's backward, and with Gated the residual's as well: dx then also carries dy, the gradient that reaches y
-// past the normalisation, and is handed on to the branch before it is rounded.
-template <bool Gated, class T>
+// The gradient dy of a gated residual's output as that of its branch, the sums of dy over pixels, and, where the
+// two types differ, dy in the branch's.
+template <class S, class T>
+static void gate_gradient_typed(const GateGradientArgs& a, int threads) {
+    using A = acc_t<T>;
+    const S* dy = static_cast<const S*>(a.dy);
+    T* dbranch = static_cast<T*>(a.dbranch);
+    T* narrow = static_cast<T*>(a.narrow);
+    A* partial = static_cast<A*>(a.partial);
+    each_block(a, threads, [=](int64_t image, int64_t first, int64_t end, int64_t block) {
+        const T* gate = static_cast<const T*>(a.gate) + image * a.gate_stride;
+        A* sums = partial + block * a.channels;
+        for (int64_t c = 0; c < a.channels; ++c) sums[c] = 0;
+        each_group(image * a.rows + first, image * a.rows + end, [&](int64_t row, auto group) {
+            each_vector<T>(a.channels, [&](int64_t c, auto lanes) {
+                const vec_t<T> g = vload(gate + c, lanes);
+                vec_t<T> sum = {};
+                for (int r = 0; r < decltype(group)::value; ++r) {
+                    const int64_t at = (row + r) * a.channels + c;
+                    const vec_t<T> d = vload(dy + at, lanes);
+                    sum += d;
+                    vstore(dbranch + at, g * d, lanes);
+                    if constexpr (sizeof(S) != sizeof(T)) vstore(narrow + at, d, lanes);
+                }
+                vstore(sums + c, vload(sums + c, lanes) + sum, lanes);
+            });
+        });
+    });
+    sum_blocks(partial, a.channels, static_cast<A*>(a.sums), a, threads);
+}
+
+// LayerNorm's backward. With Gated that of the residual before it as well: dx then also carries dy, the gradient
+// that reaches x past the normalisation, and is handed on to the branch before it is rounded. With Residual, dx
+// carries dy and the normalised output is formed anew: the weight gradient that follows wants it.
+enum class Around { nothing, gated, residual };
+
+template <Around around, class S, class T>
 static void adaln_backward_typed(const AdalnBackwardArgs& a, int threads) {
     using A = acc_t<T>;
     using V = vec_t<T>;
+    constexpr bool Gated = around == Around::gated, Residual = around == Around::residual;
     constexpr int kSums = Gated ? 3 : 2;
     const T* dh = static_cast<const T*>(a.dh);
-    const T* x = static_cast<const T*>(a.x);
-    const T* dy = static_cast<const T*>(a.dy);
+    const S* x = static_cast<const S*>(a.x);
+    const S* dy = static_cast<const S*>(a.dy);
     const T* branch = static_cast<const T*>(a.branch);
-    T* dx = static_cast<T*>(a.dx);
+    S* dx = static_cast<S*>(a.dx);
     T* dbranch = static_cast<T*>(a.dbranch);
+    T* h = static_cast<T*>(a.h);
     const A* means = static_cast<const A*>(a.mean);
     const A* rstds = static_cast<const A*>(a.rstd);
     A* partial = static_cast<A*>(a.partial);
     each_block(a, threads, [=](int64_t image, int64_t first, int64_t end, int64_t block) {
         const T* scale = static_cast<const T*>(a.scale) + image * a.scale_stride;
         const T* gate = static_cast<const T*>(a.gate) + image * a.gate_stride;
+        const T* shift = static_cast<const T*>(a.shift) + image * a.shift_stride;
         A* dshift = partial + block * kSums * a.channels;
         A* dscale = dshift + a.channels;
         A* dgate = dscale + a.channels;
@@ -181,7 +233,8 @@ static void adaln_backward_typed(const AdalnBackwardArgs& a, int threads) {
             }
             each_vector<T>(a.channels, [&](int64_t c, auto lanes) {
                 const V by = vload(scale + c, lanes) + A(1);
-                V to_gate = {};
+                V to_gate = {}, plus = {};
+                if constexpr (Residual) plus = vload(shift + c, lanes);
                 for (int r = 0; r < R; ++r) {
                     const int64_t at = (row + r) * a.channels + c;
                     const V xhat = (vload(x + at, lanes) - mean[r]) * rstd[r];
@@ -190,6 +243,10 @@ static void adaln_backward_typed(const AdalnBackwardArgs& a, int threads) {
                         d += vload(dy + at, lanes);
                         to_gate += d * vload(branch + at, lanes);
                         vstore(dbranch + at, d * vload(gate + c, lanes), lanes);
+                    }
+                    if constexpr (Residual) {
+                        if (dy) d += vload(dy + at, lanes);
+                        vstore(h + at, xhat * by + plus, lanes);
                     }
                     vstore(dx + at, d, lanes);
                 }
@@ -203,14 +260,34 @@ static void adaln_backward_typed(const AdalnBackwardArgs& a, int threads) {
     if constexpr (Gated) sum_blocks(partial + 2 * a.channels, stride, static_cast<A*>(a.dgate), a, threads);
 }
 
+// Calls body with the Elements of the residual stream and of all else.
+template <class Body>
+DICO_INLINE void by_dtypes(Dtype dtype, int64_t wide_stream, Body body) {
+    by_dtype(dtype, [&](auto tag) {
+        using T = typename decltype(tag)::type;
+        if constexpr (sizeof(T) == 2)
+            if (wide_stream) return body(Element<float>{}, tag);
+        body(tag, tag);
+    });
+}
+#define DICO_TYPES typename decltype(stream)::type, typename decltype(tag)::type
+
 static void adaln_modulate(Dtype dtype, const AdalnArgs& a, int threads) {
-    by_dtype(dtype, [&](auto tag) { adaln_modulate_typed<typename decltype(tag)::type>(a, threads); });
+    by_dtypes(dtype, a.wide_stream, [&](auto stream, auto tag) { adaln_modulate_typed<DICO_TYPES>(a, threads); });
 }
 static void adaln_modulate_backward(Dtype dtype, const AdalnBackwardArgs& a, int threads) {
-    by_dtype(dtype, [&](auto tag) { adaln_backward_typed<false, typename decltype(tag)::type>(a, threads); });
+    by_dtypes(dtype, 0,
+              [&](auto stream, auto tag) { adaln_backward_typed<Around::nothing, DICO_TYPES>(a, threads); });
+}
+static void adaln_modulate_backward_residual(Dtype dtype, const AdalnBackwardArgs& a, int threads) {
+    by_dtypes(dtype, a.wide_stream,
+              [&](auto stream, auto tag) { adaln_backward_typed<Around::residual, DICO_TYPES>(a, threads); });
+}
+static void gate_gradient(Dtype dtype, const GateGradientArgs& a, int threads) {
+    by_dtypes(dtype, a.wide_stream, [&](auto stream, auto tag) { gate_gradient_typed<DICO_TYPES>(a, threads); });
 }
 static void gated_residual(Dtype dtype, const GatedArgs& a, int threads) {
-    by_dtype(dtype, [&](auto tag) { gated_residual_typed<typename decltype(tag)::type>(a, threads); });
+    by_dtypes(dtype, a.wide_stream, [&](auto stream, auto tag) { gated_residual_typed<DICO_TYPES>(a, threads); });
 }
 static void gated_residual_backward(Dtype dtype, const GatedBackwardArgs& a, int threads) {
     by_dtype(dtype, [&](auto tag) { gated_residual_backward_typed<typename decltype(tag)::type>(a, threads); });
@@ -219,5 +296,7 @@ static void gated_residual_adaln(Dtype dtype, const GatedAdalnArgs& a, int threa
     by_dtype(dtype, [&](auto tag) { gated_residual_adaln_typed<typename decltype(tag)::type>(a, threads); });
 }
 static void gated_residual_adaln_backward(Dtype dtype, const AdalnBackwardArgs& a, int threads) {
-    by_dtype(dtype, [&](auto tag) { adaln_backward_typed<true, typename decltype(tag)::type>(a, threads); });
+    by_dtypes(dtype, 0,
+              [&](auto stream, auto tag) { adaln_backward_typed<Around::gated, DICO_TYPES>(a, threads); });
 }
+#undef DICO_TYPES

@@ -55,14 +55,21 @@ DICO_INLINE V gelu(V x) {
     const V loss = m * upper_tail(m, bell);
     return (x > 0 ? x : V{}) - loss;
 }
-// The slope at -m, and 1 less that at m.
+// GELU and its slope, which share the tail. The slope at -m, and 1 less that at m.
 template <class V>
-DICO_INLINE V gelu_slope(V x) {
+DICO_INLINE V gelu_with_slope(V x, V& slope) {
     using A = decltype(x[0] + x[0]);
     constexpr A kDensity = static_cast<A>(0.39894228040143267794);  // 1 / sqrt(2 pi)
     V bell;
     const V m = magnitude_of(x);
     const V tail = upper_tail(m, bell);
     const V below = tail - m * bell * kDensity;
-    return x < 0 ? below : 1 - below;
+    slope = x < 0 ? below : 1 - below;
+    return (x > 0 ? x : V{}) - m * tail;
+}
+template <class V>
+DICO_INLINE V gelu_slope(V x) {
+    V slope;
+    gelu_with_slope(x, slope);
+    return slope;
 }

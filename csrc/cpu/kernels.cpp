@@ -34,11 +34,14 @@ static inline int thread_number() { return 0; }
 #include "channel.h"
 #include "depthwise.h"
 #include "pixel_shuffle.h"
+#include "pointwise.h"
 
 extern const Kernels table;
 const Kernels table = {DICO_STRING(DICO_ISA),
                        adaln_modulate,
                        adaln_modulate_backward,
+                       adaln_modulate_backward_residual,
+                       gate_gradient,
                        gated_residual,
                        gated_residual_backward,
                        gated_residual_adaln,
@@ -50,6 +53,9 @@ const Kernels table = {DICO_STRING(DICO_ISA),
                        depthwise,
                        depthwise_backward,
                        shuffle_gather,
-                       shuffle_scatter};
+                       shuffle_scatter,
+                       gelu_forward,
+                       gelu_backward,
+                       gated_products};
 
 }  // namespace dico::cpu::DICO_ISA

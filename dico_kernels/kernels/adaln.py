@@ -69,10 +69,12 @@ def _adaln_fwd_kernel(
 
 @triton.jit
 def _adaln_bwd_kernel(
-    dy, x, scale, mean_in, rstd_in, dx, dshift, dscale,
-    C, HW, blocks, scale_stride,
+    dy, past, x, shift, scale, mean_in, rstd_in, dx, y, dshift, dscale,
+    C, HW, blocks, shift_stride, scale_stride,
+    PAST: tl.constexpr, AGAIN: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, SPAN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
+    """PAST: add the gradient that reaches x past the normalisation. AGAIN: form y anew, for a weight gradient."""
     pid = tl.program_id(0).to(tl.int64)
     n = pid // blocks
     first = (pid % blocks) * SPAN
@@ -92,7 +94,13 @@ def _adaln_bwd_kernel(
         g = load(dy + offset, mask, ACC)
         sum_dy += g
         sum_dyx += g * xhat
-        store(dx + offset, _standardise_grad(g * a, xhat, rstd, C), mask)
+        d = _standardise_grad(g * a, xhat, rstd, C)
+        if PAST:
+            d += load(past + offset, mask, ACC)
+        store(dx + offset, d, mask)
+        if AGAIN:
+            b = load(shift + n * shift_stride + c[None, :], cmask, ACC)
+            store(y + offset, xhat * a + b, mask)
     part = row_offset(pid, C) + c
     tl.store(dshift + part, tl.sum(sum_dy, axis=0), mask=c < C)
     tl.store(dscale + part, tl.sum(sum_dyx, axis=0), mask=c < C)
@@ -113,6 +121,32 @@ def _gated_residual_fwd_kernel(
     offset = row_offset(n * HW + r, C)[:, None] + c[None, :]
     g = load(gate + n * gate_stride + c[None, :], cmask, ACC)
     store(y + offset, load(x + offset, mask, ACC) + g * load(branch + offset, mask, ACC), mask)
+
+
+@triton.jit
+def _gate_gradient_kernel(
+    dy, gate, dbranch, narrow, sums_out,
+    C, HW, row_blocks, col_blocks, gate_stride,
+    NARROW: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SPAN: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    c = (pid % col_blocks) * COLS + tl.arange(0, COLS)
+    band = pid // col_blocks
+    n = band // row_blocks
+    first = (band % row_blocks) * SPAN
+    cmask = (c < C)[None, :]
+    g = load(gate + n * gate_stride + c[None, :], cmask, ACC)
+    sums = tl.zeros([ROWS, COLS], ACC)
+    for step in range(0, SPAN, ROWS):
+        r = first + step + tl.arange(0, ROWS)
+        mask = (r < HW)[:, None] & cmask
+        offset = row_offset(n * HW + r, C)[:, None] + c[None, :]
+        d = load(dy + offset, mask, ACC)
+        sums += d
+        store(dbranch + offset, g * d, mask)
+        if NARROW:
+            store(narrow + offset, d, mask)
+    tl.store(sums_out + row_offset(band, C) + c, tl.sum(sums, axis=0), mask=c < C)
 
 
 @triton.jit
@@ -204,11 +238,11 @@ def _gated_residual_adaln_bwd_kernel(
 
 
 def adaln_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """y = LN(x) * (1 + scale) + shift. Returns y like x, and mean and rstd, (N, H, W) in the accumulation type."""
+    """y = LN(x) * (1 + scale) + shift. Returns y of shift's type, and mean and rstd, (N, H, W), accumulation type."""
     n, c, h, w = x.shape
     tile = row_tile(c, h * w, tensors=2)
     blocks = cdiv(h * w, tile.rows)
-    y = empty_image(n, c, h, w, like=x)
+    y = empty_image(n, c, h, w, like=shift)
     mean, rstd = empty_acc(n, h, w, like=x), empty_acc(n, h, w, like=x)
     launch(
         _adaln_fwd_kernel, n * blocks,
@@ -222,32 +256,69 @@ def adaln_modulate_backward(
     dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of adaln_modulate: dx like x; dshift and dscale a sample, (N, C) in the accumulation type."""
-    n, c, h, w = x.shape
-    tile = row_tile(c, h * w, tensors=4)
-    blocks = cdiv(h * w, tile.span)
-    dx = empty_image(n, c, h, w, like=x)
-    parts = [empty_acc(n, blocks, c, like=x) for _ in range(2)]
-    launch(
-        _adaln_bwd_kernel, n * blocks,
-        dy, x, scale, mean, rstd, dx, *parts, c, h * w, blocks, batch_stride(scale),
-        ROWS=tile.rows, COLS=tile.cols, SPAN=tile.span, ACC=acc_triton(x.dtype), num_warps=tile.warps,
-    )  # fmt: skip
-    dshift, dscale = (p.sum(1) for p in parts)
+    dx, _, dshift, dscale = _adaln_backward(dy, None, x, None, scale, mean, rstd)
     return dx, dshift, dscale
 
 
-def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
-    """x + gate * branch."""
+def adaln_modulate_backward_residual(
+    dh: Tensor, dy: Tensor | None, x: Tensor, shift: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of a residual around adaLN: dx, with dy (if any) added; adaLN's output, in dh's memory; dshift and dscale."""
+    dx, y, dshift, dscale = _adaln_backward(dh, dy, x, shift, scale, mean, rstd)
+    assert y is not None
+    return dx, y, dshift, dscale
+
+
+def _adaln_backward(
+    dh: Tensor, dy: Tensor | None, x: Tensor, shift: Tensor | None, scale: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    n, c, h, w = x.shape
+    tile = row_tile(c, h * w, tensors=4 if shift is None else 6)
+    blocks = cdiv(h * w, tile.span)
+    dx = empty_image(n, c, h, w, like=x)
+    y = None if shift is None else dh
+    parts = [empty_acc(n, blocks, c, like=x) for _ in range(2)]
+    shift_stride = 0 if shift is None else batch_stride(shift)
+    launch(
+        _adaln_bwd_kernel, n * blocks,
+        dh, dy, x, shift, scale, mean, rstd, dx, y, *parts,
+        c, h * w, blocks, shift_stride, batch_stride(scale),
+        PAST=dy is not None, AGAIN=y is not None,
+        ROWS=tile.rows, COLS=tile.cols, SPAN=tile.span, ACC=acc_triton(x.dtype), num_warps=tile.warps,
+    )  # fmt: skip
+    dshift, dscale = (p.sum(1) for p in parts)
+    return dx, y, dshift, dscale
+
+
+def gated_residual(x: Tensor, branch: Tensor, gate: Tensor, overwrite: bool = False) -> Tensor:
+    """x + gate * branch, like x; with overwrite it may take the branch's memory."""
     n, c, h, w = x.shape
     tile = band_tile(c, h * w)
     row_blocks, col_blocks = cdiv(h * w, tile.rows), cdiv(c, tile.cols)
-    y = empty_image(n, c, h, w, like=x)
+    y = branch if overwrite and branch.dtype == x.dtype else empty_image(n, c, h, w, like=x)
     launch(
         _gated_residual_fwd_kernel, n * row_blocks * col_blocks,
         x, branch, gate, y, c, h * w, row_blocks, col_blocks, batch_stride(gate),
         ROWS=tile.rows, COLS=tile.cols, ACC=acc_triton(x.dtype), num_warps=tile.warps,
     )  # fmt: skip
     return y
+
+
+def gate_gradient(dy: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(gate * dy, dy, both of gate's type, and dy's sums over pixels, (N, C) in the accumulation type)."""
+    n, c, h, w = dy.shape
+    tile = band_tile(c, h * w)
+    row_blocks, col_blocks = cdiv(h * w, tile.span), cdiv(c, tile.cols)
+    dbranch = empty_image(n, c, h, w, like=gate)
+    narrow = None if dy.dtype == gate.dtype else empty_image(n, c, h, w, like=gate)
+    part = empty_acc(n, row_blocks, c, like=dy)
+    launch(
+        _gate_gradient_kernel, n * row_blocks * col_blocks,
+        dy, gate, dbranch, narrow, part, c, h * w, row_blocks, col_blocks, batch_stride(gate),
+        NARROW=narrow is not None,
+        ROWS=tile.rows, COLS=tile.cols, SPAN=tile.span, ACC=acc_triton(dy.dtype), num_warps=tile.warps,
+    )  # fmt: skip
+    return dbranch, dy if narrow is None else narrow, part.sum(1)
 
 
 def gated_residual_backward(dy: Tensor, branch: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:

@@ -93,13 +93,21 @@ def channel_dots(a: Tensor, b: Tensor) -> Tensor:
 
 
 def channel_affine(
-    x: Tensor, s: Tensor, shift: Tensor | None = None, z: Tensor | None = None, r: Tensor | None = None
+    x: Tensor,
+    s: Tensor,
+    shift: Tensor | None = None,
+    z: Tensor | None = None,
+    r: Tensor | None = None,
+    overwrite: bool = False,
 ) -> Tensor:
-    """x * s + z * r + shift like x; s, r and shift (N, C) or (1, C) in the accumulation type, z like x."""
+    """x * s + z * r + shift like x; s, r and shift (N, C) or (1, C) in the accumulation type, z like x.
+
+    With overwrite the result may take x's memory.
+    """
     n, c, h, w = x.shape
     tile = band_tile(c, h * w)
     row_blocks, col_blocks = cdiv(h * w, tile.rows), cdiv(c, tile.cols)
-    y = empty_image(n, c, h, w, like=x)
+    y = x if overwrite else empty_image(n, c, h, w, like=x)
     strides = [0 if v is None else batch_stride(v) for v in (s, shift, r)]
     launch(
         _channel_affine_fwd_kernel, n * row_blocks * col_blocks,

@@ -16,6 +16,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from dico_kernels.dtypes import accumulation_dtype
 
 # Fixed when a kernel is decorated, so it is read once, with the kernels' own import.
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -39,13 +42,18 @@ def bf16_value(bits):
 
 
 @triton.jit
-def load(ptr, mask, ACC: tl.constexpr):
-    """A masked load as ACC; zero outside the mask."""
-    x = tl.load(ptr, mask=mask, other=0.0)
+def widened(x, ACC: tl.constexpr):
+    """Loaded values, in the type they have in memory, as ACC."""
     if INTERPRET:
         if x.dtype == tl.bfloat16:
             x = bf16_value(x.to(tl.int16, bitcast=True))
     return x.to(ACC)
+
+
+@triton.jit
+def load(ptr, mask, ACC: tl.constexpr):
+    """A masked load as ACC; zero outside the mask."""
+    return widened(tl.load(ptr, mask=mask, other=0.0), ACC)
 
 
 @triton.jit
@@ -72,14 +80,29 @@ def rounded(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def load_operand(ptr, mask):
-    """An operand of `dot`: in its own type on hardware, float32 for 16-bit types when interpreting."""
-    x = tl.load(ptr, mask=mask, other=0.0)
+def operand(x):
+    """Loaded values as an operand of `dot`: on hardware in their own type, interpreted 16-bit types as float32."""
     if INTERPRET:
         if x.dtype == tl.bfloat16:
             x = bf16_value(x.to(tl.int16, bitcast=True))
         elif x.dtype == tl.float16:
             x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
+def load_operand(ptr, mask):
+    """A masked load as an operand of `dot`; zero outside the mask."""
+    return operand(tl.load(ptr, mask=mask, other=0.0))
+
+
+@triton.jit
+def as_operand(x, dtype: tl.constexpr):
+    """Computed values rounded to dtype, as an operand of `dot`."""
+    if INTERPRET:
+        x = rounded(x, dtype)
+    else:
+        x = x.to(dtype)
     return x
 
 
@@ -141,55 +164,83 @@ class Launch:
     constants: dict[str, Any]
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
 
 
 _recording: list[Launch] | None = None
+_recorded_capability = 0
 
 
 @contextlib.contextmanager
-def record() -> Iterator[list[Launch]]:
-    """Collect launches instead of running them, so that meta tensors show which kernels a call would launch."""
-    global _recording
-    before, _recording = _recording, []
+def record(capability: int = 0) -> Iterator[list[Launch]]:
+    """Collect launches instead of running them, so that meta tensors show which kernels a call would launch.
+
+    capability is the compute capability that such a call is to choose its kernels for, as `capability()` has it.
+    """
+    global _recording, _recorded_capability
+    before = _recording, _recorded_capability
+    launches: list[Launch] = []
+    _recording, _recorded_capability = launches, capability
     try:
-        yield _recording
+        yield launches
     finally:
-        _recording = before
+        _recording, _recorded_capability = before
+
+
+def capability(x: Tensor) -> int:
+    """Compute capability of x's device, 90 for Hopper; 0 where that means nothing (interpreter, AMD)."""
+    if _recording is not None:
+        return _recorded_capability
+    # AMD devices have a "capability" too, and gfx942's would pass for a Hopper's
+    if not x.is_cuda or torch.version.hip is not None:
+        return 0
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return major * 10 + minor
 
 
 def launch(
-    kernel: Any, programs: int, *args: Tensor | int | None, num_warps: int, num_stages: int = 3, **constants: Any
+    kernel: Any,
+    programs: int,
+    *args: Tensor | TensorDescriptor | int | None,
+    num_warps: int,
+    num_stages: int = 3,
+    maxnreg: int | None = None,
+    **constants: Any,
 ) -> None:
-    """Run `programs` programs of a kernel on the device of its first argument."""
+    """Run `programs` programs of a kernel on the device of its first argument; maxnreg limits registers (NVIDIA)."""
     if _recording is not None:
-        _recording.append(Launch(kernel, args, constants, num_warps, num_stages))
+        _recording.append(Launch(kernel, args, constants, num_warps, num_stages, maxnreg))
         return
     x = args[0]
     assert isinstance(x, Tensor)
     # Triton launches on the current device, which need not be the tensor's.
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        kernel[(programs,)](*args, **constants, num_warps=num_warps, num_stages=num_stages)
-
-
-def acc_torch(dtype: torch.dtype) -> torch.dtype:
-    """The accumulation type of a tensor type."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+        options = {} if maxnreg is None else {"maxnreg": maxnreg}
+        kernel[(programs,)](*args, **constants, **options, num_warps=num_warps, num_stages=num_stages)
 
 
 def acc_triton(dtype: torch.dtype) -> tl.dtype:
-    """The same, as Triton names it."""
-    return tl.float64 if dtype == torch.float64 else tl.float32
+    """The accumulation type of a tensor type, as Triton names it."""
+    return tl.float64 if accumulation_dtype(dtype) == torch.float64 else tl.float32
+
+
+def matmul_precision(dtype: torch.dtype) -> str:
+    """How dots multiply: float32 as torch's own matmuls are set to; the other types have no choice."""
+    allow_tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return "tf32" if allow_tf32 else "ieee"
 
 
 def empty_image(n: int, c: int, h: int, w: int, like: Tensor) -> Tensor:
     """An unwritten (n, c, h, w) image in channels_last, of like's type and device."""
-    # Memory (n, h, w, c) seen as (n, c, h, w): torch's channels_last, without its ambiguity when a size is 1.
-    return torch.empty((n, h, w, c), dtype=like.dtype, device=like.device).permute(0, 3, 1, 2)
+    # torch's channels_last, without its ambiguity when a size is 1. Not a permuted view: ops return these, and of an
+    # output that is a view autograd allows no change in place.
+    strides = (h * w * c, 1, w * c, c)
+    return torch.empty_strided((n, c, h, w), strides, dtype=like.dtype, device=like.device)
 
 
 def empty_acc(*shape: int, like: Tensor) -> Tensor:
     """Unwritten, contiguous, in the accumulation type of like."""
-    return torch.empty(shape, dtype=acc_torch(like.dtype), device=like.device)
+    return torch.empty(shape, dtype=accumulation_dtype(like.dtype), device=like.device)
 
 
 def batch_stride(v: Tensor) -> int:

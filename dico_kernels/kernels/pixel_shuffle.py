@@ -6,7 +6,6 @@ neither the shuffled nor the concatenated tensor exists. Images (N, C, H, W) wit
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,6 +20,7 @@ from dico_kernels.kernels.common import (
     launch,
     load,
     load_operand,
+    matmul_precision,
     row_offset,
     store,
     wide,
@@ -152,12 +152,6 @@ def _pixel_shuffle_skip_bwd_weight_kernel(
         tl.store(base + wide(C) + s[None, :], acc, mask=kmask & (s < S)[None, :])
 
 
-def _precision(dtype: torch.dtype) -> str:
-    """How dots multiply: float32 as torch's own matmuls are set to; the other types have no choice."""
-    allow_tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
-    return "tf32" if allow_tf32 else "ieee"
-
-
 def pixel_shuffle_skip(up: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """up (N, 4C, H, W), skip (N, S, 2H, 2W), weight (K, C + S, 1, 1), bias (K,) or None -> (N, K, 2H, 2W)."""
     n, c4, h, w = up.shape
@@ -169,7 +163,7 @@ def pixel_shuffle_skip(up: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | 
     launch(
         _pixel_shuffle_skip_fwd_kernel, cdiv(m, tile.m) * col_blocks,
         up, skip, weight, bias, out, m, k, c, s, h, w, col_blocks,
-        BIAS=bias is not None, PRECISION=_precision(up.dtype),
+        BIAS=bias is not None, PRECISION=matmul_precision(up.dtype),
         BM=tile.m, BN=tile.n, BK=tile.k, ACC=acc_triton(up.dtype), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
@@ -181,7 +175,7 @@ def pixel_shuffle_skip_backward(
     """dup like up, dskip like skip; dweight (K, C + S, 1, 1) and dbias (K,) in the accumulation type."""
     n, c4, h, w = up.shape
     c, s, k = c4 // 4, skip.shape[1], weight.shape[0]
-    precision, acc = _precision(up.dtype), acc_triton(up.dtype)
+    precision, acc = matmul_precision(up.dtype), acc_triton(up.dtype)
 
     rows = n * h * w
     # four accumulators and five operands at a time: a quarter of the tile's width, half of its depth

@@ -2,7 +2,8 @@
 
 A thread should hold some 8 to 16 elements of each tensor: enough loads in flight to cover memory latency, few enough
 to stay out of spills. Partitions depend on the shape of one sample only, never on the batch, so a sample's sums have
-the same bits in any batch.
+the same bits in any batch; `pointwise_tile` is the exception: a small batch gets smaller tiles, and the sums and row
+statistics that its epilogue writes are added up in another order.
 """
 
 from __future__ import annotations
@@ -123,3 +124,47 @@ def gemm_tile(m: int, n: int, k: int, dtype: torch.dtype) -> GemmTile:
 def weight_grad_chunk(m: int) -> int:
     """Rows of the long sum that one program of a weight gradient adds up: at most 64 partial results."""
     return max(pow2(-(-m // 64)), 1024)
+
+
+@dataclass(frozen=True)
+class PointwiseTile:
+    """As GemmTile, with a limit of registers a thread, and whether operands come by TMA (Hopper and later)."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    maxnreg: int | None = None
+    tma: bool = False
+
+
+# Programs that fill the smallest GPU worth tuning for once (an A100 has 108 multiprocessors, an H100 132).
+_FILL = 128
+
+
+def pointwise_tile(m: int, n: int, k: int, dtype: torch.dtype, capability: int, heavy: bool) -> PointwiseTile:
+    """A 1x1 convolution of m pixels, k to n channels; heavy: LayerNorm's prologue, GELU, or vectors of
+    more than one sample a tile want registers.
+
+    capability: see common.capability. Operands are assumed to be aligned to 16 bytes.
+    """
+    if dtype.itemsize > 2:
+        t = gemm_tile(m, n, k, dtype)
+        return PointwiseTile(t.m, t.n, t.k, t.warps, t.stages)
+    side_m, side_n = min(max(pow2(m), 16), 128), min(max(pow2(n), 16), 128)
+    # Fewer programs than multiprocessors: smaller tiles share the work out, and weights are read from L2 anyway.
+    if -(-m // side_m) * -(-n // side_n) < _FILL:
+        side_m = min(side_m, 64)
+    if -(-m // side_m) * -(-n // side_n) < _FILL:
+        side_n = min(side_n, 64)
+    big = side_m * side_n >= 16384
+    # TMA moves whole tiles with one instruction, and rows of them have to begin at multiples of 16 bytes.
+    if capability >= 90 and k * dtype.itemsize % 16 == 0 and k >= 16:
+        # 128 x 128 x 64 in 3 stages is 96 KiB: two programs a multiprocessor, so that one computes while the other is
+        # in its epilogue. Both fit the register file too: 4 warps of 255 registers, or 8 of 128, which leave room for
+        # a prologue in float32 or GELU.
+        warps = 8 if big and heavy else 4
+        return PointwiseTile(side_m, side_n, min(pow2(k), 64), warps, 3, 128 if warps == 8 else None, True)
+    depth = min(max(pow2(k), 16), 32 if big else 64)
+    return PointwiseTile(side_m, side_n, depth, 8 if big else 4, 3)

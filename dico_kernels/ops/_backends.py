@@ -23,6 +23,10 @@ from dico_kernels import native
 
 VARIABLE = "DICO_KERNELS_BACKEND"
 STRICT_VARIABLE = "DICO_KERNELS_STRICT"
+PRODUCTS_VARIABLE = "DICO_KERNELS_PRODUCTS"
+# Who multiplies in the branches: the library (cuBLAS, oneDNN) with fused passes around it, or a backend's own product
+# with all of that inside. "auto" is the library until a GPU has shown per level where the other is faster.
+PRODUCTS = ("auto", "library", "fused")
 _CUDA_ENTRIES = {"adaln_modulate"}  # what csrc/cuda has
 
 
@@ -108,12 +112,19 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
+def _checked_products(name: str, source: str) -> str:
+    if name not in PRODUCTS:
+        raise ValueError(f"{source}={name!r}: expected one of {', '.join(PRODUCTS)}")
+    return name
+
+
 class _Setting:
     """The process's choice. Not a thread's: autograd runs backward passes on threads of its own."""
 
     def __init__(self) -> None:
         self.name = _checked(os.environ.get(VARIABLE) or "auto", VARIABLE)
         self.strict = os.environ.get(STRICT_VARIABLE, "0") == "1"
+        self.products = _checked_products(os.environ.get(PRODUCTS_VARIABLE) or "auto", PRODUCTS_VARIABLE)
         self.record: Callable[[Choice], None] | None = None
         self.warned: set[tuple[str, str, str]] = set()
 
@@ -122,23 +133,31 @@ _SETTING = _Setting()
 
 
 @contextmanager
-def backend(name: str, strict: bool = False) -> Iterator[None]:
+def backend(name: str, strict: bool = False, products: str = "auto") -> Iterator[None]:
     """Within the context, ops prefer one backend; for the whole process, backward passes included.
 
     Args:
         name: "triton", "native" (C++ on the CPU), "cuda" (C++ on a GPU), "reference" (plain PyTorch), or "auto".
         strict: raise BackendError where that backend cannot run an op. Otherwise the op falls back in auto's order,
             with one warning. With "auto", strict refuses the reference.
+        products: who multiplies in conv_half, ffn_half and fcdm_block: "library" (cuBLAS, oneDNN), "fused" (the
+            backend's own product with everything around it inside; Triton has one), or "auto".
 
     Raises:
         ValueError: an unknown name.
     """
-    before = _SETTING.name, _SETTING.strict
-    _SETTING.name, _SETTING.strict = _checked(name, "name"), strict
+    before = _SETTING.name, _SETTING.strict, _SETTING.products
+    wanted = _checked(name, "name"), strict, _checked_products(products, "products")
+    _SETTING.name, _SETTING.strict, _SETTING.products = wanted
     try:
         yield
     finally:
-        _SETTING.name, _SETTING.strict = before
+        _SETTING.name, _SETTING.strict, _SETTING.products = before
+
+
+def current() -> tuple[str, bool, str]:
+    """The process's choice now: (name, strict, products) as ``backend`` takes them."""
+    return _SETTING.name, _SETTING.strict, _SETTING.products
 
 
 @contextmanager
@@ -173,6 +192,36 @@ def select(entry: str, x: Tensor) -> Callable[..., Any]:
             return function
         refusals[name] = reason
     raise AssertionError("the reference runs everything")
+
+
+def optional(entry: str, x: Tensor) -> Callable[..., Any] | None:
+    """An entry that a backend may do without: of the one that select would take, or None."""
+    wanted = _SETTING.name
+    for name in [*([] if wanted == "auto" else [wanted]), *_BACKENDS]:
+        if name == "triton" and name != wanted and x.device.type != "cuda":
+            continue
+        why_not, functions = _BACKENDS[name]
+        if why_not("adaln_modulate_backward", x) is None:
+            found: Callable[..., Any] | None = getattr(functions(), entry, None)
+            return found
+    return None
+
+
+def fused_products(entry: str, x: Tensor, weight: Tensor) -> Callable[..., Any] | None:
+    """A branch whose products are a backend's own, where that is asked for and can run; else None: the library's.
+
+    Raises:
+        BackendError: strict, and what is asked for cannot run.
+    """
+    if _SETTING.products != "fused":
+        return None
+    found = None if x.dtype != weight.dtype else optional(entry, x)
+    if found is None and _SETTING.strict:
+        why = f"x is {x.dtype}, weights {weight.dtype}" if x.dtype != weight.dtype else f"no backend has {entry}"
+        raise BackendError(f"{entry} on {x.device} with products='fused': {why}")
+    if found is not None and _SETTING.record is not None:
+        _SETTING.record(Choice(entry, tuple(x.shape), x.dtype, str(x.device), "triton", {}))
+    return found
 
 
 def _note(entry: str, x: Tensor, name: str, refusals: dict[str, str]) -> None:

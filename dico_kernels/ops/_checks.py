@@ -9,11 +9,6 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MAX_KERNEL = 9
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What statistics, sums and reduced gradients are held in: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def image(name: str, x: Tensor) -> None:
     """A (N, C, H, W) tensor of a supported dtype with C, H, W > 0."""
     if x.ndim != 4 or 0 in x.shape[1:]:
@@ -55,10 +50,16 @@ def vector(name: str, v: Tensor | None, size: int, x: Tensor) -> None:
     same_kind(name, v, x)
 
 
-def pointwise(name: str, w: Tensor, inputs: int, x: Tensor) -> None:
-    """(K, inputs, 1, 1), or (K, inputs)."""
-    if w.ndim not in (2, 4) or w.shape[1] != inputs or tuple(w.shape[2:]) not in ((), (1, 1)) or w.shape[0] == 0:
-        raise ValueError(f"{name} has shape {tuple(w.shape)}: expected (K, {inputs}, 1, 1) or (K, {inputs}), K > 0")
+def pointwise(name: str, w: Tensor, inputs: int, x: Tensor, outputs: int | None = None) -> None:
+    """(K, inputs, 1, 1), or (K, inputs), with K = outputs where that is given."""
+    k = w.shape[0] if w.ndim else 0
+    shaped = w.ndim in (2, 4) and w.shape[1] == inputs and tuple(w.shape[2:]) in ((), (1, 1))
+    if not shaped or k == 0 or outputs not in (None, k):
+        wanted = "K" if outputs is None else outputs
+        raise ValueError(
+            f"{name} has shape {tuple(w.shape)}: expected ({wanted}, {inputs}, 1, 1) or ({wanted}, {inputs})"
+            + (", K > 0" if outputs is None else "")
+        )
     same_kind(name, w, x)
 
 
@@ -94,8 +95,8 @@ def matrix(weight: Tensor) -> Tensor:
     return weight.reshape(weight.shape[0], weight.shape[1]).contiguous()
 
 
-def empty_image(x: Tensor, channels: int | None = None, scale: int = 1) -> Tensor:
-    """An uninitialised channels_last image of x's batch, dtype and device."""
+def empty_image(x: Tensor, channels: int | None = None, scale: int = 1, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised channels_last image of x's batch and device, and of its dtype unless another is given."""
     n, c, h, w = x.shape
     shape = (n, c if channels is None else channels, h * scale, w * scale)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return torch.empty(shape, dtype=dtype or x.dtype, device=x.device, memory_format=torch.channels_last)

@@ -41,8 +41,8 @@ def register(
         setup_context: saves what backward needs; without backward, differentiating the op is refused.
         backward: gradient formula.
         autocast: "activation": every floating tensor follows the first one's dtype, as torch's promoting elementwise
-            ops do; "lower": all are cast to autocast's dtype, as its matrix products are; None: not differentiated
-            through, so never met.
+            ops do; "lower": all are cast to autocast's dtype, as its matrix products are; "branch": all but the first
+            are, the residual stream, which keeps its own; None: not differentiated through, so never met.
     """
     name = schema.split("(")[0]
     qualified = f"{NAMESPACE}::{name}"
@@ -57,18 +57,18 @@ def register(
     op: Op = getattr(torch.ops.dico_kernels, name).default
     if autocast is not None:
         for device, key in _AUTOCAST_KEYS.items():
-            _LIB.impl(name, _autocast(op, device, key, lower=autocast == "lower"), key)
+            _LIB.impl(name, _autocast(op, device, key, autocast), key)
     # In the kernel, too: torch.func.jvp strips tangents before the kernel, a caller of torch.ops skips this one.
     return _refuse_forward_mode(name, op)
 
 
-def _autocast(op: Op, device: str, key: str, lower: bool) -> Op:
+def _autocast(op: Op, device: str, key: str, policy: str) -> Op:
     """torch.library.register_autocast fixes one dtype; this one asks what autocast's is at the call."""
     excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def call(*args: Any) -> Any:
         first: Tensor = args[0]
-        dtype = torch.get_autocast_dtype(device) if lower else first.dtype
+        dtype = first.dtype if policy == "activation" else torch.get_autocast_dtype(device)
         if not first.is_floating_point() or first.dtype == torch.float64:
             dtype = first.dtype  # as torch's own autocast: float64 is left alone
 
@@ -78,6 +78,8 @@ def _autocast(op: Op, device: str, key: str, lower: bool) -> Op:
             return value
 
         with torch._C._ExcludeDispatchKeyGuard(excluded):
+            if policy == "branch" and first.dtype in (torch.float32, dtype):
+                return op(first, *map(cast, args[1:]))
             return op(*map(cast, args))
 
     return call

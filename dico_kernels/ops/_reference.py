@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dico_kernels.ops._checks import accumulation_dtype, channels_last
+from dico_kernels.dtypes import accumulation_dtype
+from dico_kernels.ops._checks import channels_last
 from dico_kernels.reference import functional as R
 
 
@@ -30,6 +31,9 @@ def _statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 def adaln_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """(y, mean, rstd)."""
+    if shift.dtype != x.dtype:
+        y = R.adaln_modulate(x, shift.to(x.dtype), scale.to(x.dtype), eps)
+        return _out(y, shift), *_statistics(x, eps)
     return _out(R.adaln_modulate(x, shift, scale, eps), x), *_statistics(x, eps)
 
 
@@ -51,9 +55,26 @@ def adaln_modulate_backward(
     return _out(dx, x), dshift, dscale
 
 
-def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
-    """X + gate * branch."""
+def adaln_modulate_backward_residual(
+    dh: Tensor, dy: Tensor | None, x: Tensor, shift: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dx, h, dshift, dscale)."""
+    dx, dshift, dscale = _layer_norm_backward(dh, x, scale, mean, rstd)
+    normalised = (_acc(x) - mean[:, None]) * rstd[:, None]
+    if dy is not None:
+        dx = dx + _acc(dy)
+    return _out(dx, x), _out(R.modulate(normalised, _acc(shift), _acc(scale)), dh), dshift, dscale
+
+
+def gated_residual(x: Tensor, branch: Tensor, gate: Tensor, overwrite: bool = False) -> Tensor:
+    """X + gate * branch; computed in x's dtype where the branch has another. Overwrites nothing, as all here."""
+    del overwrite
     return _out(R.gated_residual(x, branch, gate), x)
+
+
+def gate_gradient(dy: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(gate * dy, dy, both of gate's dtype, and the sums of dy)."""
+    return _out(_acc(dy) * R.per_channel(_acc(gate)), gate), _out(dy, gate), _acc(dy).sum((2, 3))
 
 
 def gated_residual_backward(dy: Tensor, branch: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,9 +132,15 @@ def channel_dots(a: Tensor, b: Tensor) -> Tensor:
 
 
 def channel_affine(
-    x: Tensor, s: Tensor, shift: Tensor | None = None, z: Tensor | None = None, r: Tensor | None = None
+    x: Tensor,
+    s: Tensor,
+    shift: Tensor | None = None,
+    z: Tensor | None = None,
+    r: Tensor | None = None,
+    overwrite: bool = False,
 ) -> Tensor:
     """X * s + z * r + shift."""
+    del overwrite
     out = _acc(x) * R.per_channel(s)
     if z is not None and r is not None:
         out = out + _acc(z) * R.per_channel(r)
@@ -140,3 +167,33 @@ def pixel_shuffle_skip_backward(
     dweight = (_acc(rows).t() @ _acc(inputs)).reshape(weight.shape)
     dup = F.pixel_unshuffle(both[:, :shuffled], 2)
     return _out(dup, up), _out(both[:, shuffled:], skip), dweight, _acc(rows).sum(0)
+
+
+def gelu(x: Tensor, squares: bool) -> tuple[Tensor, Tensor | None]:
+    """(y, sums of y squared or None)."""
+    y = _out(R.gelu(x), x)
+    return y, channel_dots(y, y) if squares else None
+
+
+def gelu_backward(
+    dy: Tensor, x: Tensor, s: Tensor | None = None, r: Tensor | None = None, keep: bool = False, overwrite: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(dx, gelu(x) or None, sums of dx)."""
+    del overwrite
+    wide, y = _acc(dy), R.gelu(_acc(x))
+    if s is not None and r is not None:
+        wide = wide * R.per_channel(s) + y * R.per_channel(r)
+    dx = torch.ops.aten.gelu_backward(wide, _acc(x))
+    return _out(dx, x), _out(y, x) if keep else None, dx.sum((2, 3))
+
+
+def gated_products(
+    products: Tensor, weight: Tensor, gate: Tensor, s: Tensor | None, dweight: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """(dgate, dscale or None); adds to dweight."""
+    wide, wide_gate = _acc(products), _acc(gate).expand(products.shape[0], -1)
+    weighted = wide * weight
+    dscale = None if s is None else torch.bmm(wide_gate[:, None], weighted)[:, 0]
+    scaled = wide if s is None else wide * s[:, None]
+    dweight += (scaled * wide_gate[:, :, None]).sum(0)
+    return (scaled * weight).sum(2), dscale

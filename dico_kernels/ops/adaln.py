@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dico_kernels.dtypes import accumulation_dtype
 from dico_kernels.ops import _checks as check
 from dico_kernels.ops._backends import select
 from dico_kernels.ops._library import only_needed, reduce_to, register
@@ -14,13 +15,13 @@ from dico_kernels.ops._library import only_needed, reduce_to, register
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Uninitialised (mean, rstd), (N, H, W) each."""
     shape = (x.shape[0], x.shape[2], x.shape[3])
-    dtype = check.accumulation_dtype(x.dtype)
+    dtype = accumulation_dtype(x.dtype)
     return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
 
 
 def _per_sample(x: Tensor, count: int) -> list[Tensor]:
     """Zeros, (N, C) each, in the accumulation dtype: also the right gradients of an empty batch."""
-    return [x.new_zeros(tuple(x.shape[:2]), dtype=check.accumulation_dtype(x.dtype)) for _ in range(count)]
+    return [x.new_zeros(tuple(x.shape[:2]), dtype=accumulation_dtype(x.dtype)) for _ in range(count)]
 
 
 # ---- adaln_modulate ----

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dico_kernels.dtypes import accumulation_dtype
 from dico_kernels.ops import _checks as check
 from dico_kernels.ops._backends import select
 from dico_kernels.ops._library import only_needed, register
@@ -21,21 +22,36 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     check.vector("bias", bias, x.shape[1], x)
 
 
+def attention_of(pooled: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """sigmoid(W pooled + b), (N, C), in pooled's dtype, the accumulation's."""
+    # In the weights' dtype: widening a C x C matrix each call would cost more than the product.
+    logits = F.linear(pooled.to(weight.dtype), check.matrix(weight), check.dense(bias))
+    return torch.sigmoid(logits.to(pooled.dtype))
+
+
+def attention_gradients(
+    dattention: Tensor, attention: Tensor, pooled: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of attention_of: (dpooled (N, C), dweight as weight, dbias (C,)); dpooled and dbias accumulation dtype."""
+    dlogits = dattention * attention * (1 - attention)
+    narrow = dlogits.to(weight.dtype)
+    dweight = (narrow.t() @ pooled.to(weight.dtype)).reshape(weight.shape)
+    return (narrow @ check.matrix(weight)).to(pooled.dtype), dweight, dlogits.sum(0)
+
+
 def _cca(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     _check(x, weight, bias)
     if x.shape[0] == 0:
         return _fake(x, weight, bias)
     x = check.channels_last(x)
     pooled: Tensor = select("channel_sums", x)(x) / (x.shape[2] * x.shape[3])
-    # In the weights' dtype: widening a C x C matrix each call would cost more than the product.
-    logits = F.linear(pooled.to(weight.dtype), check.matrix(weight), check.dense(bias))
-    attention = torch.sigmoid(logits.to(pooled.dtype))
+    attention = attention_of(pooled, weight, bias)
     return select("channel_affine", x)(x, attention), pooled, attention
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     _check(x, weight, bias)
-    shape, dtype = tuple(x.shape[:2]), check.accumulation_dtype(x.dtype)
+    shape, dtype = tuple(x.shape[:2]), accumulation_dtype(x.dtype)
     return check.empty_image(x), x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
 
 
@@ -46,12 +62,10 @@ def _backward(
         empty, *zeros = _backward_fake(dy, x, weight, pooled, attention)
         return empty, zeros[0].zero_(), zeros[1].zero_()
     dy, x = check.channels_last(dy), check.channels_last(x)
-    dlogits = select("channel_dots", x)(dy, x) * attention * (1 - attention)
-    narrow = dlogits.to(weight.dtype)
-    dweight = (narrow.t() @ pooled.to(weight.dtype)).reshape(weight.shape)
-    dpooled = (narrow @ check.matrix(weight)).to(pooled.dtype) / (x.shape[2] * x.shape[3])
-    dx: Tensor = select("channel_affine", x)(dy, attention, shift=dpooled)
-    return dx, dweight, dlogits.sum(0).to(x.dtype)
+    dots = select("channel_dots", x)(dy, x)
+    dpooled, dweight, dbias = attention_gradients(dots, attention, pooled, weight)
+    dx: Tensor = select("channel_affine", x)(dy, attention, shift=dpooled / (x.shape[2] * x.shape[3]))
+    return dx, dweight, dbias.to(x.dtype)
 
 
 def _backward_fake(

@@ -5,23 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torch.nn import functional as F
 
+from dico_kernels.dtypes import accumulation_dtype
 from dico_kernels.ops import _checks as check
 from dico_kernels.ops._backends import select
 from dico_kernels.ops._library import only_needed, reduce_to, register
-
-
-def rows(x: Tensor) -> Tensor:
-    """(N, C, H, W) in channels_last memory as its (N*H*W, C) matrix, without a copy."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-
-
-def from_rows(matrix: Tensor, like: Tensor) -> Tensor:
-    """A (N*H*W, K) matrix as the (N, K, H, W) channels_last image it is in memory."""
-    n, _, h, w = like.shape
-    return matrix.reshape(n, h, w, matrix.shape[1]).permute(0, 3, 1, 2)
-
+from dico_kernels.ops.pointwise import from_rows, input_gradient, linear, rows
 
 # ---- pointwise_depthwise_gelu ----
 
@@ -40,7 +29,7 @@ def _pdg(
     _check_pdg(x, pw_weight, pw_bias, dw_weight, dw_bias)
     if x.shape[0] == 0:
         return _pdg_fake(x, pw_weight, pw_bias, dw_weight, dw_bias)
-    hidden = from_rows(F.linear(rows(check.channels_last(x)), check.matrix(pw_weight), check.dense(pw_bias)), x)
+    hidden = from_rows(linear(rows(check.channels_last(x)), check.matrix(pw_weight), check.dense(pw_bias)), x)
     y: Tensor = select("depthwise", x)(hidden, dw_weight.contiguous(), check.dense(dw_bias), True)
     return y, hidden
 
@@ -63,9 +52,9 @@ def _pdg_backward(
         check.channels_last(dy), check.channels_last(hidden), dw_weight.contiguous(), check.dense(dw_bias), True
     )
     d, matrix = rows(dhidden), rows(check.channels_last(x))
-    dx = from_rows(d @ check.matrix(pw_weight), x)
+    dx = from_rows(input_gradient(d, check.matrix(pw_weight)), x)
     dpw = (d.t() @ matrix).reshape(pw_weight.shape)
-    dpb = d.sum(0, dtype=check.accumulation_dtype(d.dtype)).to(d.dtype)
+    dpb = select("channel_sums", x)(dhidden).sum(0).to(d.dtype)
     return dx, dpw, dpb, ddw.to(x.dtype), ddb.to(x.dtype)
 
 
@@ -159,7 +148,7 @@ def _da_fake(
     x: Tensor, weight: Tensor, bias: Tensor | None, shift: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_da(x, weight, bias, shift, scale, eps)
-    shape, dtype = (x.shape[0], x.shape[2], x.shape[3]), check.accumulation_dtype(x.dtype)
+    shape, dtype = (x.shape[0], x.shape[2], x.shape[3]), accumulation_dtype(x.dtype)
     return check.empty_image(x), x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
 
 
@@ -181,7 +170,7 @@ def _da_backward(
 def _da_backward_fake(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    per_sample, dtype = tuple(x.shape[:2]), check.accumulation_dtype(x.dtype)
+    per_sample, dtype = tuple(x.shape[:2]), accumulation_dtype(x.dtype)
     return (
         check.empty_image(x),
         x.new_empty(tuple(weight.shape)),

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dico_kernels.dtypes import accumulation_dtype
 from dico_kernels.ops import _checks as check
 from dico_kernels.ops._backends import select
 from dico_kernels.ops._library import only_needed, register
 
 
-def _check_parameter(name: str, p: Tensor, x: Tensor) -> None:
-    c = x.shape[1]
+def check_parameter(name: str, p: Tensor, c: int, x: Tensor) -> None:
+    """C elements in any of the published shapes, of x's dtype and device."""
     if tuple(p.shape) not in ((1, c, 1, 1), (1, 1, 1, c), (c,)):
         raise ValueError(f"{name} has shape {tuple(p.shape)}: expected (1, {c}, 1, 1), (1, 1, 1, {c}) or ({c},)")
     check.same_kind(name, p, x)
@@ -21,14 +22,29 @@ def _check_parameter(name: str, p: Tensor, x: Tensor) -> None:
 
 def _check(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> None:
     check.image("x", x)
-    _check_parameter("gamma", gamma, x)
-    _check_parameter("beta", beta, x)
+    check_parameter("gamma", gamma, x.shape[1], x)
+    check_parameter("beta", beta, x.shape[1], x)
     check.positive("eps", eps)
 
 
-def _row(p: Tensor, like: Tensor) -> Tensor:
+def row(p: Tensor, like: Tensor) -> Tensor:
     """A parameter as (1, C) in the accumulation dtype."""
-    return p.reshape(1, -1).to(check.accumulation_dtype(like.dtype)).contiguous()
+    return p.reshape(1, -1).to(accumulation_dtype(like.dtype)).contiguous()
+
+
+def scale_of(norm: Tensor, gamma: Tensor, eps: float) -> Tensor:
+    """1 + gamma * Nx: what GRN multiplies x by, (N, C), given the norms over pixels, (N, C), and gamma, (1, C)."""
+    return 1 + gamma * (norm / (norm.mean(1, keepdim=True) + eps))
+
+
+def scale_gradients(dscale: Tensor, norm: Tensor, gamma: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Of scale_of: (dgamma (C,), what multiplies x in its gradient through the norms (N, C))."""
+    mean = norm.mean(1, keepdim=True) + eps
+    dresponse = gamma * dscale
+    dnorm = dresponse / mean - (dresponse * norm).mean(1, keepdim=True) / mean.square()
+    # d|x| / dx = x / |x|; a channel that is zero everywhere gets zero, as torch's norm gives it.
+    through = torch.where(norm > 0, dnorm / norm, torch.zeros_like(norm))
+    return (dscale * norm / mean).sum(0), through
 
 
 def _grn(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -37,14 +53,13 @@ def _grn(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Te
         return _fake(x, gamma, beta, eps)
     x = check.channels_last(x)
     norm: Tensor = select("channel_dots", x)(x, x).sqrt()
-    response = norm / (norm.mean(1, keepdim=True) + eps)
-    y: Tensor = select("channel_affine", x)(x, 1 + _row(gamma, x) * response, shift=_row(beta, x))
+    y: Tensor = select("channel_affine", x)(x, scale_of(norm, row(gamma, x), eps), shift=row(beta, x))
     return y, norm
 
 
 def _fake(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     _check(x, gamma, beta, eps)
-    return check.empty_image(x), x.new_empty(tuple(x.shape[:2]), dtype=check.accumulation_dtype(x.dtype))
+    return check.empty_image(x), x.new_empty(tuple(x.shape[:2]), dtype=accumulation_dtype(x.dtype))
 
 
 def _backward(
@@ -55,15 +70,9 @@ def _backward(
         return empty, zeros[0].zero_(), zeros[1].zero_()
     dy, x = check.channels_last(dy), check.channels_last(x)
     dots: Tensor = select("channel_dots", x)(dy, x)
-    mean = norm.mean(1, keepdim=True) + eps
-    response, scale = norm / mean, _row(gamma, x)
-    dresponse = scale * dots
-    dnorm = dresponse / mean - (dresponse * norm).mean(1, keepdim=True) / mean.square()
-    # d|x| / dx = x / |x|; a channel that is zero everywhere gets zero, as torch's norm gives it.
-    through = torch.where(norm > 0, dnorm / norm, torch.zeros_like(norm))
-    dx: Tensor = select("channel_affine", x)(dy, 1 + scale * response, z=x, r=through)
+    dgamma, through = scale_gradients(dots, norm, row(gamma, x), eps)
+    dx: Tensor = select("channel_affine", x)(dy, scale_of(norm, row(gamma, x), eps), z=x, r=through)
     dbeta = select("channel_sums", x)(dy).sum(0)
-    dgamma = (dots * response).sum(0)
     return dx, dgamma.to(x.dtype).reshape(gamma.shape), dbeta.to(x.dtype).reshape(beta.shape)
 
 

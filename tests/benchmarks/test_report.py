@@ -33,7 +33,12 @@ def test_a_run_prints_its_tables_and_writes_them(measured):
     assert "vs DiT" in printed
     assert max(map(len, report.text(result).splitlines())) < 120
     rows = {(r["model"], r["contender"]): r for r in result["models"]}
-    assert set(rows) == {("DiCo-S", "eager"), ("DiCo-S", "channels_last"), ("DiT-S/2", "eager")}  # -k narrows
+    assert set(rows) == {
+        ("DiCo-S", "eager"),
+        ("DiCo-S", "channels_last"),
+        ("DiCo-S", "fused"),
+        ("DiT-S/2", "eager"),
+    }  # -k narrows
     dit = rows["DiT-S/2", "eager"]
     assert dit["vs_dit"] == 1
     for row in result["models"]:
@@ -46,7 +51,10 @@ def test_a_run_prints_its_tables_and_writes_them(measured):
     assert result["preset"] == "smoke"
 
 
-@pytest.mark.parametrize(("preset", "kinds"), [("cpu", "half model"), ("ops", "op"), ("smoke", "half model op")])
+@pytest.mark.parametrize(
+    ("preset", "kinds"),
+    [("cpu", "half model"), ("ops", "op"), ("blocks", "op"), ("targets", "model"), ("smoke", "half model op")],
+)
 def test_every_preset_collects_only_what_it_has(preset, kinds):
     done = run_python(
         "-m", "pytest", str(ROOT / "benchmarks"), "--benchmark-only", "--preset", preset, "--collect-only", "-q",

@@ -19,13 +19,16 @@ def device():
 @pytest.fixture(autouse=True)
 def _poisoned_allocation(monkeypatch):
     """What a kernel forgets to write shows as NaN."""
-    allocate = torch.empty
 
-    def poisoned(*args, **kwargs):
-        out = allocate(*args, **kwargs)
-        return out.fill_(float("nan")) if out.is_floating_point() and out.device.type != "meta" else out
+    def poison(allocate):
+        def poisoned(*args, **kwargs):
+            out = allocate(*args, **kwargs)
+            return out.fill_(float("nan")) if out.is_floating_point() and out.device.type != "meta" else out
 
-    monkeypatch.setattr(torch, "empty", poisoned)
+        return poisoned
+
+    for name in ("empty", "empty_strided"):
+        monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dico_kernels.dtypes import accumulation_dtype
 from dico_kernels.kernels import channel
-from dico_kernels.kernels.common import acc_torch
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # the last two: more channels than one tile, more rows than one program
@@ -31,7 +31,7 @@ class TestAgainstFloat64:
     def test_sums_and_dots(self, shape, dtype, random, agree):
         a, b = random(shape, dtype), random(shape, dtype)
         sums, dots = channel.channel_sums(a), channel.channel_dots(a, b)
-        assert sums.dtype == dots.dtype == acc_torch(dtype)
+        assert sums.dtype == dots.dtype == accumulation_dtype(dtype)
         assert sums.is_contiguous()
         agree((sums,), pixel_sum, (a,))
         agree((dots,), pixel_sum, (a, b))
@@ -41,7 +41,9 @@ class TestAgainstFloat64:
 
     @pytest.mark.parametrize("form", ["s", "s shift", "s z r", "s shift z r"])
     def test_affine(self, form, shape, dtype, random, agree, is_image):
-        vectors = {name: random(shape[:2], acc_torch(dtype)) for name in ("s", "shift", "r") if name in form.split()}
+        vectors = {
+            name: random(shape[:2], accumulation_dtype(dtype)) for name in ("s", "shift", "r") if name in form.split()
+        }
         if "z" in form.split():
             vectors["z"] = random(shape, dtype)
         x = random(shape, dtype)

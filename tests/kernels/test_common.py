@@ -114,3 +114,14 @@ def test_tiles_cover_and_are_powers_of_two(c, hw):
         assert tile.span % tile.rows == 0
         assert tile.warps <= 16
     assert tiles.row_tile(c, hw, tensors=2).cols >= c
+
+
+@pytest.mark.parametrize(("setting", "expected"), [("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")])
+def test_float32_products_follow_torchs_setting(setting, expected):
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(setting)
+        assert common.matmul_precision(torch.float32) == expected
+        assert common.matmul_precision(torch.float64) == common.matmul_precision(torch.bfloat16) == "ieee"
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -68,10 +68,3 @@ def test_seams_between_tiles(random, agree, monkeypatch):
 def test_same_bits_every_time(random, repeats):
     inputs, dy = arguments((2, 5, 3, 7, 3, 2), torch.float32, random)
     repeats(lambda: run(*inputs, dy))
-
-
-@pytest.mark.parametrize(("setting", "expected"), [("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")])
-def test_float32_products_follow_torchs_setting(setting, expected):
-    torch.set_float32_matmul_precision(setting)
-    assert kernels._precision(torch.float32) == expected
-    assert kernels._precision(torch.float64) == kernels._precision(torch.bfloat16) == "ieee"

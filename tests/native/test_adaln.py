@@ -7,6 +7,7 @@ import torch
 from support import rel_rms
 
 from dico_kernels import native
+from dico_kernels.dtypes import accumulation_dtype
 from dico_kernels.reference import functional as F
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -49,7 +50,7 @@ def test_against_float64(isa, shape, dtype, device, image, vector):
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert rel_rms(y.cpu(), truth) <= (band if dtype == torch.float64 else 2 * rough + band)
     assert mean.shape == rstd.shape == (n, *shape[2:])
-    assert mean.dtype == rstd.dtype == native.accumulator(dtype)
+    assert mean.dtype == rstd.dtype == accumulation_dtype(dtype)
     limit = 1e-13 if dtype == torch.float64 else 1e-6
     centre, variance = exact.mean(1), exact.var(1, unbiased=False)
     torch.testing.assert_close(mean.double().cpu(), centre, rtol=limit, atol=limit)

@@ -7,6 +7,7 @@ import torch
 from support import rel_rms
 
 from dico_kernels import native
+from dico_kernels.dtypes import accumulation_dtype
 from dico_kernels.reference import functional as F
 
 
@@ -23,7 +24,7 @@ def test_sums_and_dots(isa, shape, dtype, image):
     """The sums of terms without sign, so that none cancels: their error is that of the summation."""
     a, b = image(shape, dtype).abs(), image(shape, dtype).abs()
     sums, dots = native.channel_sums(a), native.channel_dots(a, b)
-    assert sums.dtype == dots.dtype == native.accumulator(dtype)
+    assert sums.dtype == dots.dtype == accumulation_dtype(dtype)
     limit = 1e-13 if dtype == torch.float64 else 3e-7
     assert rel_rms(sums, a.double().sum((2, 3))) <= limit
     assert rel_rms(dots, (a.double() * b.double()).sum((2, 3))) <= limit
@@ -38,7 +39,7 @@ def test_long_sums_keep_their_digits(isa):
 @pytest.mark.parametrize("with_second", [False, True])
 def test_affine(isa, shape, dtype, image, vector, with_shift, with_second):
     n, c = shape[:2]
-    acc = native.accumulator(dtype)
+    acc = accumulation_dtype(dtype)
     x, z = image(shape, dtype), image(shape, dtype)
     s, shift, r = (vector(n, c, acc) for _ in range(3))
     out = native.channel_affine(

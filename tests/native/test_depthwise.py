@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dico_kernels import native
+from dico_kernels.dtypes import accumulation_dtype
 from dico_kernels.reference import functional as F
 
 GELU_ERROR = 3.3e-7  # of float's GELU, absolute: mostly its erf's
@@ -21,7 +22,7 @@ def weights(c, k, dtype):
 
 def evaluate(x, weight, bias, gelu, dy):
     dx, dweight, dbias = native.depthwise_backward(dy, x, weight, bias, gelu)
-    assert dweight.dtype == dbias.dtype == native.accumulator(x.dtype)
+    assert dweight.dtype == dbias.dtype == accumulation_dtype(x.dtype)
     y = native.depthwise(x, weight, bias, gelu)
     for image in (y, dx):
         assert image.dtype == x.dtype

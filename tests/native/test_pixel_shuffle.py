@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dico_kernels import native
+from dico_kernels.dtypes import accumulation_dtype
 from dico_kernels.reference import functional as F
 
 # up's batch, shuffled channels, height, width; skip channels; output channels
@@ -25,7 +26,7 @@ def evaluate(args, dy):
     for t in results[:3]:
         assert t.dtype == args[0].dtype
         assert t.is_contiguous(memory_format=torch.channels_last)
-    assert results[3].dtype == results[4].dtype == native.accumulator(args[0].dtype)
+    assert results[3].dtype == results[4].dtype == accumulation_dtype(args[0].dtype)
     return results
 
 

@@ -87,6 +87,9 @@ def test_absent_biases(case, backend, device):
         "depthwise_adaln": (2,),
         "cca_gate": (2,),
         "pixel_shuffle_skip": (3,),
+        "conv_half": (5, 7, 9, 11),
+        "ffn_half": (5, 7),
+        "fcdm_block": (5, 7, 11),
     }
     for index in optional.get(case.name, ()):
         kept = [a for i, a in enumerate(arguments) if i != index]
@@ -140,14 +143,16 @@ def test_an_empty_batch_gives_empty_outputs_and_zero_gradients(case, backend, de
 @pytest.mark.parametrize("mean", [3.0, 30.0, 1000.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_layer_norm_of_a_mean_far_above_the_deviation(backend, device, mean, dtype):
-    for name in ("adaln_modulate", "gated_residual_adaln"):
+    for name in ("adaln_modulate", "gated_residual_adaln", "conv_half", "ffn_half"):
         arguments = CASES[name].arguments((2, 48, 3, 3))
         arguments[0] = arguments[0] + mean
         check_against_float64(CASES[name], arguments, dtype, device)
 
 
 def test_eps_reaches_the_kernel(backend, device):
-    for name in ("adaln_modulate", "gated_residual_adaln", "depthwise_adaln", "grn"):
+    for name in (
+        "adaln_modulate", "gated_residual_adaln", "depthwise_adaln", "grn", "conv_half", "ffn_half", "fcdm_block"
+    ):  # fmt: skip
         case = CASES[name]
         tiny = [
             a.to(device) * (1e-4 if a.ndim == 4 and i < 2 else 1) for i, a in enumerate(case.arguments((2, 6, 3, 4)))

@@ -12,15 +12,21 @@ from torch.autograd import forward_ad
 
 import dico_kernels as dk
 
-DEFAULT_EPS = {"adaln_modulate", "gated_residual_adaln", "depthwise_adaln", "grn"}
+# What the public functions add: eps, and of the branches whether to save for backward, and whether to recompute.
+DEFAULTS = {
+    **dict.fromkeys(("adaln_modulate", "gated_residual_adaln", "depthwise_adaln", "grn"), (1e-6,)),
+    "conv_half": (1e-6, True),
+    "ffn_half": (1e-6, True, False),
+    "fcdm_block": (1e-6, 1e-6, True, False),
+}
 
 
 def torch_op(case):
     return getattr(torch.ops.dico_kernels, case.name).default
 
 
-def with_eps(case, arguments):
-    return (*arguments, 1e-6) if case.name in DEFAULT_EPS else tuple(arguments)
+def with_defaults(case, arguments):
+    return (*arguments, *DEFAULTS.get(case.name, ()))
 
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last", "permuted"])
@@ -35,7 +41,7 @@ def test_opcheck(case, layout, dtype):
         return a.requires_grad_()
 
     arguments = [prepare(a) for a in case.arguments((2, 6, 3, 4))]
-    torch.library.opcheck(torch_op(case), with_eps(case, arguments))
+    torch.library.opcheck(torch_op(case), with_defaults(case, arguments))
 
 
 @pytest.mark.parametrize("shape", [(2, 6, 3, 4), (1, 1, 1, 1)], ids=str)
@@ -107,6 +113,19 @@ def test_autocast(case, stream):
 def test_autocast_leaves_float64_alone(case):
     with torch.autocast("cpu", torch.bfloat16):
         assert all(o.dtype == torch.float64 for o in tuple_of(case.op(*case.arguments((1, 4, 2, 2)))))
+
+
+def test_outputs_may_be_changed_in_place(case, backend, device):
+    """As a model does that adds to its stream in place: outputs are no views."""
+    arguments = [a.to(device) for a in case.arguments((2, 4, 3, 3))]
+    if case.name == "gated_residual_adaln":  # its backward reads the first output, as a sigmoid's does: refused
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            outputs_and_gradients(lambda *a: tuple(o.mul_(3) for o in case.op(*a)), arguments)
+        return
+    plain = outputs_and_gradients(lambda *a: tuple(o * 3 for o in tuple_of(case.op(*a))), arguments)
+    changed = outputs_and_gradients(lambda *a: tuple(o.mul_(3) for o in tuple_of(case.op(*a))), arguments)
+    for a, b in zip(changed, plain, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_gradients_nobody_asked_for_are_none(case):

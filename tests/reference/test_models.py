@@ -41,9 +41,11 @@ def on_meta(name, **overrides):
         return dk.create_model(name, **overrides)
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("variant", TINY)
-def test_tiny_outputs_and_every_gradient_are_the_published(variant):
+def test_tiny_outputs_and_every_gradient_are_the_published(variant, fused):
     model = fill_(TINY[variant]()).eval()
+    model = dk.fuse(model) if fused else model
     x = named_input((3, 4, 8, 12)).requires_grad_()
     out = model(x, torch.tensor([999, 500, 37]), torch.tensor([207, 1000, 0]))
     expected = golden()[f"{variant}|out"]
@@ -63,11 +65,12 @@ def test_tiny_outputs_and_every_gradient_are_the_published(variant):
         assert rel_rms(actual, value) < 1e-5, key
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("run", GOLDEN_RUNS)
-def test_outputs_are_the_published(run):
+def test_outputs_are_the_published(run, fused):
     name, size = run.split("|")
     h, w = map(int, size.split("x"))
-    model = fill_(dk.create_model(name)).eval()
+    model = fill_(dk.create_model(name, fused=fused)).eval()
     x, t, y = named_input((2, 4, h, w)), torch.tensor([999, 500]), torch.tensor([207, 1000])
     with torch.no_grad():
         out = model(x, t, y)
@@ -121,6 +124,8 @@ def test_macs_scale_with_the_batch_and_leave_the_model_alone():
     assert sum(by_op.values()) == count_macs(model, 8, 8)
     assert model.training
     assert not next(model.parameters()).is_meta
+    assert count_macs(dk.fuse(model), 8, 8) == sum(by_op.values())
+    assert dk.explain(model).modules[0].fused
 
 
 @pytest.mark.parametrize("name", ["DiCo-S", "FCDM-S", "DiT-S/2"])

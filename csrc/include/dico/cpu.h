@@ -15,6 +15,8 @@ struct Kernels {
     const char* isa;
     Kernel<AdalnArgs> adaln_modulate;
     Kernel<AdalnBackwardArgs> adaln_modulate_backward;
+    Kernel<AdalnBackwardArgs> adaln_modulate_backward_residual;
+    Kernel<GateGradientArgs> gate_gradient;
     Kernel<GatedArgs> gated_residual;
     Kernel<GatedBackwardArgs> gated_residual_backward;
     Kernel<GatedAdalnArgs> gated_residual_adaln;
@@ -28,6 +30,9 @@ struct Kernels {
     Kernel<DepthwiseBackwardArgs> depthwise_backward;
     Kernel<PixelShuffleArgs> shuffle_gather;
     Kernel<PixelShuffleArgs> shuffle_scatter;
+    Kernel<GeluArgs> gelu;
+    Kernel<GeluBackwardArgs> gelu_backward;
+    Kernel<GatedProductsArgs> gated_products;
 };
 
 // Names compiled in that this processor can run, best first.

@@ -28,6 +28,7 @@ struct AdalnArgs : Image {
     int64_t shift_stride;
     int64_t scale_stride;
     double eps;
+    int64_t wide_stream;  // x is float32 though all else is a 16-bit type
 };
 
 struct GatedArgs : Image {
@@ -36,6 +37,18 @@ struct GatedArgs : Image {
     const void* gate;
     void* y;
     int64_t gate_stride;
+    int64_t wide_stream;  // x and y are float32 though all else is a 16-bit type
+};
+
+struct GateGradientArgs : Image {
+    const void* dy;
+    const void* gate;
+    void* dbranch;
+    void* narrow;   // dy as the branch's type, where that is another
+    void* sums;     // of dy
+    void* partial;  // (blocks, channels)
+    int64_t gate_stride;
+    int64_t wide_stream;  // dy is float32 though all else is a 16-bit type
 };
 
 struct GatedBackwardArgs : Image {
@@ -64,24 +77,29 @@ struct GatedAdalnArgs : Image {
     double eps;
 };
 
-// Of adaLN alone, which leaves dy, branch, gate, dbranch and dgate null, or of the gated residual with it.
+// Of adaLN alone, which leaves dy, branch, gate, dbranch and dgate null, of the gated residual with it, or of adaLN
+// and the residual around its branch, which sets dy, shift and h instead of the gate's.
 struct AdalnBackwardArgs : Image {
     const void* dy;
     const void* dh;  // the gradient of the normalised output
     const void* x;   // what was normalised
     const void* branch;
     const void* gate;
+    const void* shift;
     const void* scale;
     const void* mean;
     const void* rstd;
     void* dx;
+    void* h;  // the normalised output
     void* dbranch;
     void* dgate;
     void* dshift;
     void* dscale;
     void* partial;  // (blocks, 2, channels), or 3 with the gate
     int64_t gate_stride;
+    int64_t shift_stride;
     int64_t scale_stride;
+    int64_t wide_stream;  // x, dy and dx are float32 though all else is a 16-bit type
 };
 
 struct DepthwiseArgs {
@@ -130,6 +148,40 @@ struct ChannelAffineArgs : Image {
     int64_t s_stride;
     int64_t shift_stride;
     int64_t r_stride;
+};
+
+struct GeluArgs : Image {
+    const void* x;
+    void* y;
+    void* sums;     // (images, channels), sums of y squared, with partial; or null
+    void* partial;  // (blocks, channels)
+};
+
+// Of gelu(x), or with s and r, (images, channels), of what multiplies dy by s and adds r * gelu(x).
+struct GeluBackwardArgs : Image {
+    const void* dy;
+    const void* x;
+    const void* s;  // or null, with r
+    const void* r;
+    void* dx;
+    void* y;        // gelu(x) formed anew, or null
+    void* sums;     // (images, channels), sums of dx
+    void* partial;  // (blocks, channels)
+};
+
+// products: (samples, outputs, inputs), G_n = dy_n^T x_n of gate * W (s x).
+struct GatedProductsArgs {
+    const void* products;
+    const void* weight;  // W, (outputs, inputs)
+    const void* gate;
+    const void* s;  // (samples, inputs), or null for 1
+    void* dweight;  // (outputs, inputs), added to
+    void* dgate;    // (samples, outputs)
+    void* dscale;   // (samples, inputs); null without s
+    void* partial;  // (blocks of outputs, samples, inputs); null without s
+    int64_t samples, outputs, inputs;
+    int64_t block_rows;
+    int64_t gate_stride;
 };
 
 // rows: rows of small images, (rows, width, 4 * channels) in up; two rows of twice the width in skip and cat for

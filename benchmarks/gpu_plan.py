@@ -1,0 +1,113 @@
+"""What ``bench gpu`` measures, in order of importance, and until when each stage may go on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .presets import BRANCH_LEVELS, OP_LEVELS, WIDTHS, ModelArena, OpArena
+
+STAGES = ("tests", "ceilings", "kernels", "models")
+MINUTES = 8.5
+# Of the budget, where all stages run; a stage that needs less leaves the rest to those after it.
+SHARES = {"tests": 0.25, "ceilings": 0.05, "kernels": 0.28, "models": 0.42}
+CEILINGS = ("bf16", "fp16", "tf32")
+_KERNEL_S = 3.0
+_MODEL_S = {"XL": 20.0, "S": 6.0}
+_COMPILE_S = {"XL": 75.0, "S": 40.0}
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Contenders that take turns: an arena and its rows, (model or op, contender), the cheapest first."""
+
+    stage: str
+    arena: Any
+    rows: tuple[tuple[str, str], ...]
+
+    @property
+    def title(self) -> str:
+        """What its rows share."""
+        return str(self.arena.title())
+
+    def seconds(self, row: tuple[str, str], slowest: float) -> float:
+        """What to expect of a row before it is begun. ``slowest``: of the kernels' rows so far."""
+        if self.stage == "kernels":
+            return max(_KERNEL_S, slowest)
+        table = _COMPILE_S if row[1].startswith("compile") else _MODEL_S
+        return table.get(self.arena.scale, table["XL"])
+
+
+def checked_stages(names: Sequence[str]) -> list[str]:
+    """Stages in their order.
+
+    Raises:
+        ValueError: none, or one that is unknown.
+    """
+    if not names or (unknown := [n for n in names if n not in STAGES]):
+        raise ValueError(f"stages={','.join(unknown if names else [])!r}: expected some of {','.join(STAGES)}")
+    return [stage for stage in STAGES if stage in names]
+
+
+def deadline(stages: Sequence[str], now: float, end: float) -> float:
+    """When the first of the stages still to run has to stop, if all are to end by ``end``."""
+    return now + max(0.0, end - now) * SHARES[stages[0]] / sum(SHARES[s] for s in stages)
+
+
+def _kernels(op: str, size: str, backward: bool) -> list[Unit]:
+    branch = op in BRANCH_LEVELS
+    family, levels = (BRANCH_LEVELS if branch else OP_LEVELS)[op]
+    fused = ("triton/library", "triton/fused") if branch else ("triton",)
+    return [
+        Unit(
+            "kernels",
+            OpArena(op, size, 64, multiple * WIDTHS[family, size], 32 // shrink, "bf16", backward, rounds=5),
+            tuple((op, contender) for contender in ("channels_last", *fused)),
+        )
+        for multiple, shrink in levels
+    ]
+
+
+def kernel_units() -> list[Unit]:
+    """Every op at the level shapes of DiCo (FCDM for its ops) XL and S: branches before ops, XL before S."""
+    order = [
+        (ops, size, backward)
+        for size, backward, ops in (
+            ("XL", False, BRANCH_LEVELS),
+            ("XL", True, BRANCH_LEVELS),
+            ("XL", False, OP_LEVELS),
+            ("S", False, BRANCH_LEVELS),
+            ("XL", True, OP_LEVELS),
+            ("S", True, BRANCH_LEVELS),
+            ("S", False, OP_LEVELS),
+            ("S", True, OP_LEVELS),
+        )
+    ]
+    return [unit for ops, size, backward in order for op in ops for unit in _kernels(op, size, backward)]
+
+
+def model_units() -> list[Unit]:
+    """Whole models: DiCo against DiT at XL, then training, size S, and batch 1 where launches dominate."""
+
+    def unit(arena: ModelArena, dico: Sequence[str], dit: Sequence[str]) -> Unit:
+        names = (f"DiCo-{arena.scale}", f"DiT-{arena.scale}/2")
+        rows = [(names[0], c) for c in dico] + [(names[1], c) for c in dit]
+        return Unit("models", arena, tuple(sorted(rows, key=lambda row: row[1].startswith("compile"))))
+
+    plain = ("channels_last", "fused", "fused_graph", "compile_default"), ("eager", "compile_default")
+    training = ("channels_last", "fused", "compile_default"), ("eager", "compile_default")
+    single = ("channels_last", "channels_last_graph", "fused", "fused_graph"), ("eager", "eager_graph")
+    return [
+        unit(ModelArena("XL", 256, 64, "bf16"), *plain),
+        unit(ModelArena("XL", 512, 64, "bf16"), *plain),
+        unit(ModelArena("XL", 256, 32, "bf16", "training"), *training),
+        unit(ModelArena("S", 256, 64, "bf16"), *plain),
+        unit(ModelArena("XL", 256, 1, "bf16"), *single),
+        unit(ModelArena("S", 256, 1, "bf16"), *single),
+    ]
+
+
+def units(stage: str) -> list[Unit]:
+    """What a stage measures."""
+    return kernel_units() if stage == "kernels" else model_units()

@@ -1,0 +1,166 @@
+"""The tests stage of ``bench gpu``: what the test suite has for a GPU, in several processes, until a deadline."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from .gpu_shard import DEVICE_LOST, VARIABLE
+
+TESTS = ("tests/kernels", "tests/ops", "tests/test_sampling.py")
+# The CPU's backends are tested elsewhere.
+_ONLY = "not native and not reference"
+_GRACE_S = 8.0
+
+
+def clone() -> Path | None:
+    """The repository that this package runs from, or None where it is installed without one."""
+    root = Path(__file__).resolve().parent.parent
+    return root if (root / "pyproject.toml").is_file() and (root / "tests").is_dir() else None
+
+
+def why_not(root: Path | None) -> str | None:
+    """Why there can be no tests, or None."""
+    if root is None:
+        return "not run: no clone of the repository, and an installation has no tests"
+    return None if find_spec("pytest") else "not run: pytest is not installed"
+
+
+class _Shard:
+    """One pytest process and, where the device is lost to it, the ones that go on after it."""
+
+    def __init__(self, root: Path, folder: Path, index: int, count: int, tests: Sequence[str], only: str) -> None:
+        self.root, self.index, self.count, self.tests, self.only = root, index, count, tests, only
+        self.outcomes, self.log = folder / f"tests-{index}.jsonl", folder / f"tests-{index}.log"
+        for path in (self.outcomes, self.log):
+            path.unlink(missing_ok=True)
+        self.start()
+
+    def start(self) -> None:
+        done = len(
+            {line["id"] for line in self.lines() if "id" in line} | {x["lost"] for x in self.lines() if "lost" in x}
+        )
+        share = f"{self.index}/{self.count}/{done}/{self.outcomes.resolve()}"
+        environment = {**os.environ, VARIABLE: share, "OMP_NUM_THREADS": "2", "PYTHONUNBUFFERED": "1"}
+        options = ["-q", "--tb=short", "-p", "no:cacheprovider", "-p", "dico_kernels.benchmarks.gpu_shard"]
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "pytest", *options, "-k", self.only, *self.tests],
+                cwd=self.root, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Outcomes so far; a line cut off by the end of a process is left out."""
+        found = []
+        for line in self.outcomes.read_text().splitlines() if self.outcomes.exists() else ():
+            try:
+                found.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return found
+
+    def over(self) -> bool:
+        """Whether there is nothing left to run."""
+        status = self.process.poll()
+        if status == DEVICE_LOST:
+            self.start()
+            return False
+        return status is not None
+
+    def stop(self) -> None:
+        """Ask pytest to end, which prints the failures so far."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGINT)
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def run(
+    out: Path,
+    deadline: float,
+    processes: int | None = None,
+    tests: Sequence[str] = TESTS,
+    only: str = _ONLY,
+    root: Path | None = None,
+    keep: Callable[[dict[str, Any]], None] = lambda counts: None,
+    poll_s: float = 1.0,
+) -> dict[str, Any]:
+    """Run the tests until they are through or the deadline comes; output goes to out/tests.log.
+
+    Args:
+        out: folder.
+        deadline: in seconds since the epoch.
+        processes: how many at once; by default half the cores, at most 8.
+        tests: paths in the clone.
+        only: pytest's -k.
+        root: the clone.
+        keep: is given the counts again and again.
+        poll_s: how often.
+
+    Returns:
+        ``collected``, ``passed``, ``failed``, ``skipped``, ``failures`` (ids), ``lost`` (ids of tests after which the
+        device was lost), ``complete``; or ``note`` alone, saying why nothing was run.
+    """
+    root = root or clone()
+    if root is None or (note := why_not(root)) is not None:
+        return {"note": note if root else why_not(None)}
+    count = processes or max(1, min(8, (os.cpu_count() or 2) // 2))
+    shards = [_Shard(root, out, index, count, tests, only) for index in range(count)]
+    try:
+        while sum(not shard.over() for shard in shards) and time.time() < deadline - _GRACE_S:
+            keep(counts(shards))
+            time.sleep(poll_s)
+        for shard in shards:
+            shard.stop()
+        while any(shard.process.poll() is None for shard in shards) and time.time() < deadline:
+            time.sleep(0.1)
+    finally:
+        for shard in shards:
+            shard.kill()
+        found = counts(shards)
+        with (out / "tests.log").open("wb") as log:
+            for shard in shards:
+                log.write(f"==== process {shard.index}\n".encode() + shard.log.read_bytes())
+                shard.log.unlink()
+        for shard in shards:
+            shard.outcomes.unlink(missing_ok=True)
+    return found
+
+
+def counts(shards: Sequence[_Shard]) -> dict[str, Any]:
+    """What the processes found so far."""
+    outcomes: dict[str, str] = {}
+    lost: list[str] = []
+    collected = 0
+    for shard in shards:
+        for line in shard.lines():
+            collected += line.get("collected", 0)
+            if "lost" in line:
+                lost.append(line["lost"])
+                outcomes[line["lost"]] = "failed"
+            if "id" in line and outcomes.get(line["id"]) != "failed":
+                outcomes[line["id"]] = line["outcome"]
+    number = {o: sum(v == o for v in outcomes.values()) for o in ("passed", "failed", "skipped")}
+    failures = sorted(i for i, outcome in outcomes.items() if outcome == "failed")
+    complete = 0 < collected == len(outcomes)
+    return {"collected": collected, **number, "failures": failures, "lost": lost, "complete": complete}
+
+
+def line(found: dict[str, Any]) -> str:
+    """Counts in words."""
+    if "note" in found:
+        return str(found["note"])
+    text = f"{found['passed']:,} passed, {found['failed']:,} failed, {found['skipped']:,} skipped"
+    left = found["collected"] - found["passed"] - found["failed"] - found["skipped"]
+    return text + (f", {left:,} of {found['collected']:,} not reached" if left > 0 else "")

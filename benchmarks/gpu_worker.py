@@ -1,0 +1,209 @@
+"""The process that measures a stage of ``bench gpu``.
+
+A process of its own, because a kernel at fault takes every later CUDA call of its process with it: whoever started
+this one finds out from the results' ``in_flight`` which row it was, and starts another for the rest.
+
+    python -m dico_kernels.benchmarks.gpu_worker --stage kernels --results DIR/gpu.json --deadline EPOCH_SECONDS
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import contenders, limits, machine, op_contenders
+from .gpu_plan import CEILINGS, Unit, units
+from .gpu_store import Store
+from .harness import Contender, Measurement, describe_failure, interleave
+from .session import row_of
+
+DEVICE_LOST = 3  # exit status: start another process
+_KERNEL_SAMPLE_S = 0.02
+_ALONE_ROUNDS = 3
+Build = Callable[..., Contender]
+Say = Callable[[str], None]
+
+
+class DeviceLostError(RuntimeError):
+    """The device takes no more work from this process."""
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _check_device(device: torch.device) -> None:
+    """An asynchronous error shows at the next synchronisation, and at each one from then on."""
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize(device)
+        except Exception as error:
+            raise DeviceLostError(describe_failure(error)) from error
+
+
+class Worker:
+    """Measures a stage's units until its deadline."""
+
+    def __init__(
+        self,
+        stage: str,
+        store: Store,
+        deadline: float,
+        device: torch.device,
+        *,
+        plan: Sequence[Unit] | None = None,
+        build: Build | None = None,
+        now: Callable[[], float] = time.time,
+        say: Say = _say,
+        parent: int | None = None,
+    ) -> None:
+        self.stage, self.store, self.deadline, self.device, self.now, self.say = (
+            stage, store, deadline, device, now, say
+        )  # fmt: skip
+        self.plan = units(stage) if plan is None and stage in ("kernels", "models") else list(plan or ())
+        default = op_contenders.op_contender if stage == "kernels" else contenders.model_contender
+        self.build: Build = default if build is None else build
+        self.sample_s = _KERNEL_SAMPLE_S if stage == "kernels" else None
+        self.parent, self.slowest, self.skipped = parent, 0.0, 0
+
+    def run(self, ceilings: Sequence[str] = CEILINGS) -> None:
+        """Measure what is not yet settled, and note how far it came."""
+        if self.stage == "ceilings":
+            for dtype in ceilings:
+                self.ceiling(dtype)
+        else:
+            for unit in self.plan:
+                self.unit(unit)
+            note = f"{self.skipped} rows left for want of time: run it again to go on" if self.skipped else ""
+            self.store.result["stages"].setdefault(self.stage, {})["note"] = note
+        self.store.end()
+
+    def ceiling(self, dtype: str) -> limits.Ceiling | None:
+        """What the device reaches; measured once for all processes, and None where that fails."""
+        found = self.store.result["ceilings"]
+        if dtype not in found and self.now() < self.deadline:
+            try:
+                with contenders.precision(dtype):
+                    ceiling = limits.measure_ceiling(self.device, contenders.DTYPES[dtype])
+            except Exception as error:
+                self.say(f"ceilings  {dtype}: {describe_failure(error)}")
+                _check_device(self.device)
+                return None
+            found[dtype] = ceiling.as_dict()
+            self.store.save()
+            self.say(f"ceilings  {dtype}: {ceiling.flops / 1e12:.1f} TFLOP/s, copy {ceiling.bytes / 1e9:,.0f} GB/s")
+        return limits.Ceiling(**found[dtype]) if dtype in found else None
+
+    def unit(self, unit: Unit) -> None:
+        """Build a unit's contenders one after the other, each timed alone at once, then time them in turns."""
+        settled = self.store.settled(unit)
+        if len(settled) == len(unit.rows) or (self.parent is not None and os.getppid() != self.parent):
+            return
+        failed = {row for row, found in settled.items() if found["failure"]}
+        ready: dict[str, Contender] = {}
+        rows = {" ".join(row): row for row in unit.rows}
+        left = 0
+        for name, row in rows.items():
+            begun = self.now()
+            if row in failed:
+                continue
+            if begun + unit.seconds(row, self.slowest) > self.deadline:
+                left += 1
+                continue
+            self.store.begin(unit, row)
+            contender, found = self._alone(unit, row)
+            if contender is not None and found.failure is None:
+                ready[name] = contender
+            self._put(unit, row, contender, found, alone=found.failure is None)
+            # Right after its row is kept: the next process then leaves this one out.
+            self._clear()
+            _check_device(self.device)
+            if self.stage == "kernels":
+                self.slowest = max(0.9 * self.slowest, self.now() - begun)
+        self.skipped += left
+        if ready and self.now() < self.deadline:
+            self.store.begin(unit, None)
+            found_all = interleave(ready, unit.arena.rounds, self.device, self.sample_s)
+            clocks = machine.clocks(self.device)
+            for name, found in found_all.items():
+                # A unit that lacks rows is measured whole another time: rows compare only within one set of turns.
+                self._put(unit, rows[name], ready[name], found, alone=left > 0, clocks=clocks)
+            _check_device(self.device)
+        ready.clear()
+        self.store.end()
+        self._clear()
+        if self.stage == "models":
+            torch._dynamo.reset()
+
+    def _alone(self, unit: Unit, row: tuple[str, str]) -> tuple[Contender | None, Measurement]:
+        try:
+            contender = self.build(unit.arena, *row, self.device)
+        except Exception as error:  # the other contenders are still worth measuring
+            return None, Measurement(failure=describe_failure(error))
+        if self.stage == "kernels":
+            return contender, Measurement()  # the turns follow within a second
+        return contender, interleave({"": contender}, _ALONE_ROUNDS, self.device, self.sample_s)[""]
+
+    def _put(
+        self,
+        unit: Unit,
+        row: tuple[str, str],
+        contender: Contender | None,
+        found: Measurement,
+        alone: bool,
+        clocks: str | None = None,
+    ) -> None:
+        arena: Any = unit.arena
+        ceiling = self.ceiling(arena.dtype)
+        if self.stage == "kernels":
+            own = {"op": row[0], "size": arena.size, "channels": arena.channels, "side": arena.side}
+        else:
+            rate = arena.batch / found.median if found.samples and not found.failure else None
+            own = {"model": row[0], "resolution": arena.resolution, "img_s": rate}
+        if alone and not found.samples:
+            return  # nothing measured so far
+        own |= {"contender": row[1], "mode": arena.mode, "alone": alone}
+        made = row_of(own, arena, contender, found, ceiling, clocks)
+        self.store.put(self.stage, made)
+        took = made["failure"] or f"{made['median_s'] * 1e3:.3f} ms"
+        if made["failure"] or not alone or self.stage == "models":
+            self.say(f"{self.stage:<9} {unit.title}  {row[0]} {row[1]}: {took}{' (alone)' if alone else ''}")
+
+    def _clear(self) -> None:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure one stage; 0, or DEVICE_LOST."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--stage", required=True)
+    parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--deadline", type=float, required=True)
+    parser.add_argument("--device", default="cuda")
+    args = parser.parse_args(argv)
+    store = Store.load(args.results)
+    worker = Worker(args.stage, store, args.deadline, torch.device(args.device), parent=os.getppid())
+    try:
+        worker.run()
+    except DeviceLostError as error:
+        print(f"device lost: {error}", file=sys.stderr)
+        return DEVICE_LOST
+    return 0
+
+
+if __name__ == "__main__":
+    # Not through the interpreter's shutdown: after a fault, destructors of CUDA objects abort or hang.
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

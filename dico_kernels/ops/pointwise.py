@@ -1,0 +1,137 @@
+"""1x1 convolutions as the library's matrix products on channels_last rows, and their gradients.
+
+Not ops of their own: the ops are made of these. On a GPU they are cuBLAS'; on the CPU oneDNN's where torch has it,
+which at the shapes of these models takes some 0.8 of the time of the BLAS that ``F.linear`` calls in float32.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dico_kernels.ops._backends import optional, select
+
+
+def rows(x: Tensor) -> Tensor:
+    """(N, C, H, W) in channels_last memory as its (N*H*W, C) matrix, without a copy."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+def from_rows(matrix: Tensor, like: Tensor) -> Tensor:
+    """A fresh (N*H*W, K) matrix as the (N, K, H, W) channels_last image it is in memory.
+
+    Not as a view: an op may return it, and of an output that is a view autograd allows no change in place.
+    """
+    n, _, h, w = like.shape
+    k = matrix.shape[1]
+    image = matrix.new_empty(0)
+    image.set_(matrix.untyped_storage(), matrix.storage_offset(), (n, k, h, w), (h * w * k, 1, w * k, k))
+    return image
+
+
+@functools.cache
+def _onednn(dtype: torch.dtype) -> bool:
+    """Whether this torch's oneDNN multiplies matrices of a dtype: asked once, by doing it."""
+    if dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    try:
+        one = torch.ones(1, 1, dtype=dtype)
+        return float(torch.ops.mkldnn._linear_pointwise(one, one, None, "none", [], "")) == 1
+    except (AttributeError, RuntimeError):
+        return False
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias; x (M, C) rows, weight (K, C) in any strides, bias (K,)."""
+    if x.device.type == "cpu" and torch.backends.mkldnn.enabled and _onednn(x.dtype):
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return y
+    return F.linear(x, weight, bias)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """GELU, in its exact form, of linear: for inference, where what GELU is applied to need not be kept."""
+    if x.device.type == "cpu" and torch.backends.mkldnn.enabled and _onednn(x.dtype):
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "none")
+        return y
+    return F.gelu(F.linear(x, weight, bias))
+
+
+def input_gradient(dy: Tensor, weight: Tensor) -> Tensor:
+    """dy @ weight: the gradient of what linear multiplied; dy (M, K) rows, weight (K, C)."""
+    return linear(dy, weight.t())
+
+
+# Pixels an image from which forming the per-sample products is cheaper than forming W x anew: below, they are more
+# memory traffic (some 10 bytes an element of W and sample) than the product is arithmetic. Of AVX-512 cores.
+_PRODUCTS_FROM = 96
+# Bytes of the products of a chunk of samples, which exist at a time.
+_CHUNK_BYTES = 1 << 26
+
+
+def gated_gradients(
+    dy: Tensor, dbranch: Tensor, dinner: Tensor | None, sums: Tensor, x: Tensor, s: Tensor | None, shift: Tensor | None,
+    gate: Tensor, weight: Tensor, bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Gradients of gate * (W (s * x + shift) + b) by W, b, gate and s, where what is gated was not kept.
+
+    Either of two ways. With G_n = dy_n^T x_n and t_n the sum of dy_n over pixels, dW = sum_n gate_n G_n s_n,
+    dgate_n = rowsum(W * G_n s_n) + b t_n and ds_n = colsum(gate_n W * G_n): as many FLOPs as dW alone, and traffic of
+    G's size, (N, K, C). Or W x formed anew, one more product: what small images want, and backends without the kernel.
+
+    Args:
+        dy: (N, K, H, W), the gradient of the gated sum.
+        dbranch: gate * dy.
+        dinner: W^T dbranch, the gradient of s * x; wanted with s alone.
+        sums: t, (N, K), accumulation dtype.
+        x: (N, C, H, W).
+        s: a scale of x's channels, (N, C), accumulation dtype; or None for 1.
+        shift: what is added to s * x, (C,); or None.
+        gate: (N, K) or (1, K).
+        weight: W, (K, C).
+        bias: b, (K,) or None.
+
+    Returns:
+        dW (K, C), db (K,), dgate (N, K) and ds (N, C) or None: in the accumulation dtype; dW may be in x's.
+    """
+    dtype = sums.dtype
+    db = (sums * gate.to(dtype)).sum(0)
+    held = bias if shift is None else (weight @ shift if bias is None else weight @ shift + bias)
+    kernel = optional("gated_products", x) if x.shape[2] * x.shape[3] >= _PRODUCTS_FROM else None
+    dscale: Tensor | None = None
+    if kernel is None:
+        scaled = x if s is None else select("channel_affine", x)(x, s)
+        branch = from_rows(linear(rows(scaled), weight), x)
+        dgate = select("channel_dots", x)(dy, branch)
+        dscale = None if s is None or dinner is None else select("channel_dots", x)(dinner, x)
+        dweight = rows(dbranch).t() @ rows(scaled)
+    else:
+        dgate, dweight, dscale = _by_products(kernel, rows(dy), rows(x), s, gate, weight, sums)
+    if shift is not None:
+        dweight = dweight + db[:, None] * shift.to(dtype)
+    if held is not None:
+        dgate = dgate + sums * held.to(dtype)
+    return dweight, db, dgate, dscale
+
+
+def _by_products(
+    kernel: Callable[..., tuple[Tensor, Tensor | None]], dy: Tensor, x: Tensor, s: Tensor | None, gate: Tensor,
+    weight: Tensor, sums: Tensor,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """(dgate without b's part, dW, ds), a chunk of samples at a time."""
+    samples, (k, c) = sums.shape[0], weight.shape
+    dweight = sums.new_zeros(k, c)
+    chunk = max(1, _CHUNK_BYTES // (k * c * x.element_size()))
+    dy, x = dy.reshape(samples, -1, k).transpose(1, 2), x.reshape(samples, -1, c)
+    found = []
+    for first in range(0, samples, chunk):
+        part = slice(first, first + chunk)
+        products = torch.bmm(dy[part], x[part])
+        own_gate, own_s = gate if gate.shape[0] == 1 else gate[part], None if s is None else s[part]
+        found.append(kernel(products, weight, own_gate, own_s, dweight))
+    dgates, dscales = zip(*found, strict=True)
+    return torch.cat(dgates), dweight, None if s is None else torch.cat(dscales)

@@ -1,0 +1,402 @@
+"""`bench gpu` without a GPU: its plan, what it keeps when cut off, and each stage run on the CPU or by stand-ins."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from support import ROOT, run_python
+
+import dico_kernels as dk
+from dico_kernels.benchmarks import gpu, gpu_plan, gpu_tests, report
+from dico_kernels.benchmarks.gpu_plan import Unit
+from dico_kernels.benchmarks.gpu_store import Store
+from dico_kernels.benchmarks.gpu_worker import DEVICE_LOST, Worker
+from dico_kernels.benchmarks.harness import Contender
+from dico_kernels.benchmarks.limits import op_work
+from dico_kernels.benchmarks.presets import ModelArena, OpArena
+
+CPU = torch.device("cpu")
+MACHINE = {"device": "a card", "kind": "cuda", "commit": "abc", "threads": 1, "build": {"torch": "2", "version": "0"}}
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store.open(tmp_path / "gpu.json", MACHINE)
+
+
+def op_unit(op="grn", contenders=("channels_last", "native"), backward=False):
+    return Unit("kernels", OpArena(op, "S", 2, 8, 4, "fp32", backward, 2), tuple((op, c) for c in contenders))
+
+
+def model_unit(*rows, resolution=64, rounds=2):
+    return Unit("models", ModelArena("S", resolution, 2, "fp32", rounds=rounds), rows)
+
+
+# ---- plan ----
+
+
+def test_stages_share_what_is_left_of_the_budget():
+    everything = list(gpu_plan.STAGES)
+    assert sum(gpu_plan.SHARES.values()) == pytest.approx(1)
+    assert gpu_plan.deadline(everything, 100, 600) == pytest.approx(100 + 500 * 0.25)
+    assert gpu_plan.deadline(["models"], 150, 600) == 600  # whatever the others left
+    assert gpu_plan.deadline(["kernels", "models"], 700, 600) == 700  # too late already
+    assert gpu_plan.checked_stages(["models", "tests"]) == ["tests", "models"]
+    assert gpu_plan.MINUTES < 9
+
+
+def test_the_plan_is_in_order_of_importance_and_complete():
+    kernels, models = gpu_plan.kernel_units(), gpu_plan.model_units()
+    for units in (kernels, models):
+        assert len({u.title for u in units}) == len(units)
+        assert len({(u.title, r) for u in units for r in u.rows}) == sum(len(u.rows) for u in units)
+    assert {u.arena.op for u in kernels} == set(dk.ops.__all__)
+    assert kernels[0].title == "conv_half-XL-64x416x32x32-bf16-forward"
+    assert dict.fromkeys(c for u in kernels for _, c in u.rows).keys() == {
+        "channels_last", "triton/library", "triton/fused", "triton",
+    }  # fmt: skip
+    assert all(u.arena.batch == 64 and u.arena.dtype == "bf16" for u in kernels)
+    first = models[0]
+    assert (first.title, first.rows[0]) == ("XL-256-b64-bf16-inference", ("DiCo-XL", "channels_last"))
+    assert [c for _, c in first.rows][-2:] == ["compile_default"] * 2  # what is dear comes last
+    assert [u.title for u in models[1:3]] == ["XL-512-b64-bf16-inference", "XL-256-b32-bf16-training"]
+
+
+def test_the_work_of_ops_adds_up_to_the_models():
+    def forward(op, c):
+        return op_work(op, 1, c, 1, False, 1)
+
+    c = 16
+    products = {"conv_half": 2 * c * c, "ffn_half": 4 * c * c, "fcdm_block": 6 * c * c}
+    elements = {op: forward(op, c)[1] - products[op] for op in products}
+    assert elements["conv_half"] + elements["ffn_half"] == 14 * c  # limits.py: (10 + 2r)C a pixel
+    assert elements["fcdm_block"] == 11 * c
+    assert {op: forward(op, c)[0] for op in products} == products
+    for op in products:
+        assert op_work(op, 1, c, 1, True, 1)[0] == 3 * products[op]
+    assert op_work("adaln_modulate", 64, 416, 32, False, 2) == (0, 2 * 2 * 64 * 416 * 1024)
+
+
+# ---- store ----
+
+
+def test_a_store_goes_on_where_it_was_on_the_same_device_and_commit(store, tmp_path):
+    store.result["ceilings"]["bf16"] = {"flops": 1.0, "bytes": 1.0}
+    store.save()
+    assert Store.open(store.path, MACHINE).result["ceilings"]
+    other = Store.open(store.path, {**MACHINE, "commit": "def"})
+    assert not other.result["ceilings"]
+    aside = list(tmp_path.glob("gpu-*.json"))
+    assert [report.load(p)["machine"]["commit"] for p in aside] == ["abc"]
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_what_was_in_flight_is_buried(store):
+    unit = model_unit(("DiCo-S", "fused"), ("DiT-S/2", "eager"))
+    assert not store.bury("nothing to bury")
+    store.begin(unit, ("DiCo-S", "fused"))
+    assert Store.load(store.path).bury("crashed")
+    store = Store.load(store.path)
+    assert store.result["in_flight"] is None
+    assert store.settled(unit)["DiCo-S", "fused"]["failure"] == "crashed"
+    assert "fused: crashed" in gpu.text(store.result)
+
+
+# ---- worker ----
+
+
+def sleeper(seconds):
+    return Contender(lambda i: time.sleep(seconds), macs=10.0, moved=10.0)
+
+
+def worker(store, plan, build, until=60.0, stage="models", **options):
+    store.result["ceilings"] = {"fp32": {"flops": 1e9, "bytes": 1e9}}
+    return Worker(stage, store, time.time() + until, CPU, plan=plan, build=build, say=lambda line: None, **options)
+
+
+def test_rows_are_kept_at_once_and_replaced_by_those_timed_in_turns(store):
+    unit = model_unit(("DiCo-S", "fused"), ("DiT-S/2", "eager"))
+    kept = []
+
+    def build(arena, name, how, device):
+        kept.append([(r["contender"], r["alone"]) for r in report.load(store.path)["models"]])
+        return sleeper(0.006)
+
+    worker(store, [unit], build).run()
+    assert kept == [[], [("fused", True)]]
+    rows = report.load(store.path)["models"]
+    assert [(r["model"], r["alone"], len(r["samples_s"])) for r in rows] == [
+        ("DiCo-S", False, 2),
+        ("DiT-S/2", False, 2),
+    ]
+    assert all(r["img_s"] == pytest.approx(2 / r["median_s"]) for r in rows)
+    worker(store, [unit], build).run()
+    assert len(kept) == 2  # settled
+
+
+def test_a_row_that_would_not_fit_is_left_and_measured_another_time(store):
+    unit = model_unit(("DiCo-S", "fused"), ("DiCo-S", "compile_default"))
+    built = []
+
+    def build(arena, name, how, device):
+        built.append(how)
+        return sleeper(0.006)
+
+    first = worker(store, [unit], build, until=30)  # compiling is expected to take 40
+    first.run()
+    assert (built, first.skipped) == (["fused"], 1)
+    assert "1 rows left for want of time" in store.result["stages"]["models"]["note"]
+    second = worker(store, [unit], build)
+    second.run()
+    assert built == ["fused", "fused", "compile_default"]  # again, for turns with the other
+    assert not any(r["alone"] for r in store.result["models"])
+    assert store.result["stages"]["models"]["note"] == ""
+
+
+def test_a_contender_that_cannot_be_built_leaves_the_others(store):
+    def build(arena, op, how, device):
+        if how == "native":
+            raise RuntimeError("no such kernel\nat length")
+        return sleeper(0.006)
+
+    worker(store, [op_unit()], build, stage="kernels").run()
+    found = {r["contender"]: r["failure"] for r in store.result["kernels"]}
+    assert found == {"channels_last": None, "native": "no such kernel"}
+
+
+# ---- the processes ----
+
+FAKE = """
+import os, sys, time
+from dico_kernels.benchmarks.gpu_store import Store
+from dico_kernels.benchmarks.gpu_worker import Worker, DEVICE_LOST, DeviceLostError
+from dico_kernels.benchmarks.harness import Contender
+sys.path.insert(0, {folder!r})
+from test_gpu import CPU, model_unit
+
+HOW = ("good", "dies", "lost", "hangs", "late")
+def build(arena, name, how, device):
+    if how == "dies":
+        print("Fatal: kernel at fault", file=sys.stderr, flush=True)
+        os._exit(134)
+    if how == "lost":
+        raise_lost.append(1)
+        raise RuntimeError("an illegal memory access")
+    if how == "hangs":
+        time.sleep(60)
+    return Contender(lambda i: time.sleep(0.006))
+raise_lost = []
+import dico_kernels.benchmarks.gpu_worker as w
+def check(device):
+    if raise_lost:
+        raise DeviceLostError("lost")
+w._check_device = check
+with open({log!r}, "a") as f: f.write("started\\n")
+store = Store.load(w.Path(sys.argv[1]))
+try:
+    plan = [model_unit(*(("DiCo-S", h) for h in HOW))]
+    Worker("models", store, float(sys.argv[2]), CPU, plan=plan, build=build).run()
+except DeviceLostError:
+    os._exit(DEVICE_LOST)
+"""
+
+
+@pytest.fixture
+def fake(tmp_path):
+    script, log = tmp_path / "fake.py", tmp_path / "starts"
+    script.write_text(FAKE.format(folder=str(Path(__file__).parent), log=str(log)))
+
+    def launch(stage, path, until):
+        return [sys.executable, str(script), str(path), str(until)]
+
+    launch.log = log
+    return launch
+
+
+def test_a_fault_costs_one_row(store, fake, monkeypatch):
+    monkeypatch.setitem(gpu._HANGS_S, "models", 15.0)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
+    state = gpu._supervise("models", store, time.time() + 240, fake)
+    rows = {r["contender"]: r for r in store.result["models"]}
+    assert state == "done"
+    assert rows["dies"]["failure"] == "the process ended with 134: Fatal: kernel at fault"
+    assert rows["lost"]["failure"] == "an illegal memory access"
+    assert rows["hangs"]["failure"] == "hung: ended after 15 s"
+    assert {h: rows[h]["alone"] for h in ("good", "late")} == {"good": False, "late": False}
+    assert rows["good"]["median_s"] > 0.005
+    assert fake.log.read_text().count("started") == 4
+
+
+def test_a_stage_ends_by_its_deadline(store, monkeypatch):
+    monkeypatch.setattr(gpu, "_GRACE_S", 0.1)
+    began = time.time()
+    state = gpu._supervise("models", store, began + 1, lambda *_: [sys.executable, "-c", "import time; time.sleep(60)"])
+    assert state == "cut off"
+    assert time.time() - began < 10
+
+
+def test_a_process_that_cannot_start_is_not_started_again(store):
+    state = gpu._supervise(
+        "kernels", store, time.time() + 60, lambda *_: [sys.executable, "-c", "import absent_module"]
+    )
+    assert state.startswith("failed: the process ended with 1")
+    assert "absent_module" in state
+
+
+def test_a_signal_leaves_a_report(tmp_path):
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom dico_kernels.benchmarks import gpu\n"
+        "sleep = lambda *_: [sys.executable, '-c', 'import time; time.sleep(60)']\n"
+        f"raise SystemExit(gpu.run(['models'], Path({str(tmp_path)!r}), 5, device='cpu', launch=sleep))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd="/")
+    while "models: until" not in process.stdout.readline():
+        assert process.poll() is None
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 143
+    assert "bench gpu" in (tmp_path / "report.md").read_text()
+    assert report.load(tmp_path / "gpu.json")["in_flight"] is None
+
+
+# ---- tests ----
+
+
+@pytest.fixture
+def small_clone(tmp_path):
+    root = tmp_path / "clone"
+    (root / "tests").mkdir(parents=True)
+    (root / "pyproject.toml").write_text("[tool.pytest.ini_options]\n")
+    (root / "tests" / "test_some.py").write_text(
+        "import pytest\n"
+        "@pytest.mark.parametrize('i', range(6))\n"
+        "def test_good(i): pass\n"
+        "def test_bad(): assert 1 == 2\n"
+        "def test_native(): assert 0\n"
+        "def test_skipped(): pytest.skip('no')\n"
+    )
+    return root
+
+
+def test_tests_are_counted_over_processes(tmp_path, small_clone):
+    seen = []
+    options = {"processes": 2, "tests": ["tests"], "root": small_clone, "keep": seen.append, "poll_s": 0.1}
+    found = gpu_tests.run(tmp_path, time.time() + 60, **options)
+    assert gpu_tests.line(found) == "6 passed, 1 failed, 1 skipped"
+    assert found["complete"]
+    assert found["failures"] == ["tests/test_some.py::test_bad"]
+    assert "assert 1 == 2" in (tmp_path / "tests.log").read_text()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["clone", "tests.log"]
+    assert seen
+
+
+def test_a_lost_device_ends_a_process_and_another_goes_on(tmp_path, small_clone):
+    (small_clone / "tests" / "test_lost.py").write_text(
+        "import torch\n"
+        "def lost(): raise RuntimeError('illegal memory access')\n"
+        "def test_faulty():\n    torch.cuda.is_available, torch.cuda.synchronize = lambda: True, lost\n"
+    )
+    found = gpu_tests.run(tmp_path, time.time() + 60, 1, ["tests"], root=small_clone, poll_s=0.1)
+    assert found["lost"] == ["tests/test_lost.py::test_faulty"]
+    assert "tests/test_lost.py::test_faulty" in found["failures"]
+    assert (found["passed"], found["complete"]) == (6, True)
+
+
+def test_tests_end_by_the_deadline_and_say_what_is_missing(tmp_path, small_clone, monkeypatch):
+    monkeypatch.setattr(gpu_tests, "_GRACE_S", 4.0)
+    (small_clone / "tests" / "test_slow.py").write_text("import time\ndef test_slow(): time.sleep(100)\n")
+    began = time.time()
+    found = gpu_tests.run(tmp_path, began + 14, 1, ["tests"], root=small_clone, poll_s=0.1)
+    assert time.time() - began < 20
+    assert not found["complete"]
+    assert "of 9 not reached" in gpu_tests.line(found)
+
+
+def test_without_a_clone_tests_say_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_tests, "clone", lambda: None)
+    assert "no clone" in gpu_tests.line(gpu_tests.run(tmp_path, time.time() + 5))
+
+
+# ---- all of it, on the CPU ----
+
+
+def test_every_stage_runs_on_the_cpu(tmp_path, small_clone):
+    lines = []
+    triton = ("channels_last", "triton/library", "triton/fused") if os.environ.get("TRITON_INTERPRET") == "1" else ()
+    plan = {
+        "ceilings": ["fp32"],
+        "kernels": [
+            op_unit("adaln_modulate"),
+            op_unit("gated_residual_adaln", backward=True),
+            op_unit("pixel_shuffle_skip", backward=True),
+            *(op_unit(op, ("channels_last", "native/library"), True) for op in ("conv_half", "ffn_half", "fcdm_block")),
+            *(op_unit("ffn_half", triton) for _ in triton[:1]),
+        ],
+        "models": [model_unit(("DiCo-S", "channels_last"), ("DiCo-S", "fused"), ("DiCo-S", "fused_graph"),
+                              ("DiT-S/2", "eager"))],
+    }  # fmt: skip
+    out = tmp_path / "out"
+    status = gpu.run(gpu_plan.STAGES, out, 8, device="cpu", plan=plan, say=lines.append, root=small_clone,
+                     tests=["tests"], processes=1, poll_s=0.2)  # fmt: skip
+    assert status == 0
+    result = report.load(out / "gpu.json")
+    assert {s: v["state"] for s, v in result["stages"].items()} == dict.fromkeys(gpu_plan.STAGES, "done")
+    failures = {(r["arena"], r["contender"]): r["failure"] for r in [*result["kernels"], *result["models"]]}
+    assert {k for k, v in failures.items() if v} == {("S-64-b2-fp32-inference", "fused_graph")}
+    assert "no CUDA graph: x is on cpu" in failures["S-64-b2-fp32-inference", "fused_graph"]
+    for row in result["kernels"]:
+        assert row["share"] > 0
+        assert row["error"] < 1e-5
+        assert row["vs_eager"] > 0
+        assert row["bound"] in ("copy", "matmul")
+    by_contender = {r["contender"]: r for r in result["models"] if not r["failure"]}
+    assert by_contender["fused"]["error"] < 1e-5
+    assert by_contender["fused"]["vs_dit"] > 0
+    shown = lines[-2]
+    assert "conv_half" in shown
+    assert "native/library" in shown
+    assert "6 passed, 1 failed, 1 skipped" in shown
+    assert max(map(len, shown.splitlines())) < 140
+    written = (out / "report.md").read_text()
+    assert "| DiCo-S | fused | fp32 |" in written
+    assert "`tests/test_some.py::test_bad`" in written
+    json.dumps(result, allow_nan=False)
+    # Again, with nothing left to do.
+    assert gpu.run(["kernels", "models"], out, 8, device="cpu", plan=plan, say=lines.append) == 0
+    assert report.load(out / "gpu.json")["kernels"] == result["kernels"]
+
+
+def test_command_line():
+    gpu_help = run_python("-m", "dico_kernels", "bench", "gpu", "--help", cwd=Path("/")).stdout
+    assert "examples:" in gpu_help
+    assert "bench gpu --stages kernels" in gpu_help
+    assert str(gpu_plan.MINUTES) in gpu_help
+    assert ",".join(gpu_plan.STAGES) in gpu_help
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_in_one_line(tmp_path):
+    done = run_python("-m", "dico_kernels", "bench", "gpu", "--out", str(tmp_path / "none"), cwd=Path("/"))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: torch sees no CUDA device, and bench gpu measures nothing else\n"
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("stages", "minutes", "named"), [(["tests", "dance"], 1, "dance"), ([], 1, "''"), (["tests"], 0, "minutes=0")]
+)
+def test_unusable_arguments_are_named(tmp_path, capsys, stages, minutes, named):
+    assert gpu.run(stages, tmp_path, minutes, device="cpu") == 2
+    assert named in capsys.readouterr().err
+
+
+def test_the_exit_status_of_a_lost_device_is_its_own():
+    assert DEVICE_LOST not in (0, 1, 2)

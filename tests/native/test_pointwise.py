@@ -1,0 +1,143 @@
+"""What stands between 1x1 convolutions, on every instruction set, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import rel_rms
+from torch.nn import functional as F
+
+from dico_kernels import native
+from dico_kernels.dtypes import accumulation_dtype
+
+
+def budget(dtype):
+    """One rounding in the image's dtype; float32's GELU errs by at most 1.5e-7 of an erf."""
+    return {torch.float64: 1e-12, torch.float32: 5e-7}.get(dtype, 1.5 * torch.finfo(dtype).eps / 2)
+
+
+def per_channel(v):
+    return v.double()[:, :, None, None]
+
+
+@pytest.mark.parametrize("squares", [False, True])
+def test_gelu(isa, shape, dtype, image, squares):
+    x = image(shape, dtype)
+    y, sums = native.gelu(x, squares)
+    assert y.dtype == dtype
+    assert rel_rms(y, F.gelu(x.double())) <= budget(dtype)
+    assert (sums is not None) == squares
+    if squares:
+        assert sums.dtype == accumulation_dtype(dtype)
+        assert rel_rms(sums, y.double().square().sum((2, 3))) <= (1e-13 if dtype == torch.float64 else 3e-7)
+
+
+@pytest.mark.parametrize(
+    ("affine", "keep", "overwrite"),
+    [(False, False, False), (True, False, True), (False, True, True), (True, True, False)],
+)
+def test_gelu_backward(isa, shape, dtype, image, vector, keep, affine, overwrite):
+    x, dy = image(shape, dtype), image(shape, dtype)
+    acc = accumulation_dtype(dtype)
+    s, r = (vector(*shape[:2], acc) for _ in range(2)) if affine else (None, None)
+    leaf = x.double().requires_grad_()
+    out = F.gelu(leaf)
+    given = dy.double() if not affine else dy.double() * per_channel(s) + out.detach() * per_channel(r)
+    out.backward(given)
+    dx, y, sums = native.gelu_backward(dy, x, s, r, keep, overwrite)
+    assert (dx.data_ptr() == dy.data_ptr()) == overwrite
+    assert rel_rms(dx, leaf.grad) <= 2 * budget(dtype)
+    exact = leaf.grad.sum((2, 3))
+    scale = leaf.grad.abs().sum((2, 3)).norm()
+    assert (sums - exact).norm() <= (1e-12 if dtype == torch.float64 else 1e-6) * scale
+    assert (y is not None) == keep
+    if keep:
+        assert rel_rms(y, out.detach()) <= budget(dtype)
+
+
+@pytest.mark.parametrize("broadcast", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 5, 7), (3, 67, 33), (1, 130, 17)], ids=str)
+def test_gated_products(isa, dtype, sizes, scaled, broadcast):
+    n, k, c = sizes
+    acc = accumulation_dtype(dtype)
+    products, weight = torch.randn(n, k, c).to(dtype), torch.randn(k, c).to(dtype)
+    gate = torch.randn(1 if broadcast else n, k).to(dtype)
+    s = torch.randn(n, c, dtype=acc) if scaled else None
+    before = torch.randn(k, c, dtype=acc)
+    dweight = before.clone()
+    dgate, dscale = native.gated_products(products, weight, gate, s, dweight)
+    g, w = gate.double().expand(n, k)[:, :, None], weight.double()
+    by = torch.ones(n, 1, c, dtype=torch.float64) if s is None else s.double()[:, None]
+    limit = 1e-13 if dtype == torch.float64 else 1e-6
+    for found, terms, dim in (
+        (dweight, torch.cat([before.double()[None], products.double() * g * by]), 0),
+        (dgate, products.double() * w * by, 2),
+        *([(dscale, products.double() * w * g, 1)] if scaled else []),
+    ):
+        assert found.dtype == acc
+        # The terms have signs, so the error is measured by what was summed, not by what is left of it.
+        assert (found - terms.sum(dim)).norm() <= limit * terms.abs().sum(dim).norm()
+
+
+def test_the_same_bits_on_any_number_of_threads(isa, image, same_bits):
+    x, dy = image((2, 136, 11, 13), torch.float32), image((2, 136, 11, 13), torch.float32)
+    products, weight, gate, s = torch.randn(3, 67, 33), torch.randn(67, 33), torch.randn(3, 67), torch.randn(3, 33)
+
+    def run():
+        dweight = torch.zeros(67, 33)
+        both = native.gated_products(products, weight, gate, s, dweight)
+        return [*native.gelu(x, True), *native.gelu_backward(dy, x, keep=True), *both, dweight]
+
+    same_bits(run)
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=str)
+def test_a_float32_stream_beside_narrow_branches(isa, shape, image, vector, narrow):
+    """adaLN, the gated residual and their backward passes: only what is stored narrow is rounded to it."""
+    n, c = shape[:2]
+    x, dy = image(shape, torch.float32), image(shape, torch.float32)
+    branch, dh = image(shape, narrow), image(shape, narrow)
+    shift, scale, gate = (vector(n, c, narrow) for _ in range(3))
+    rounding, exact = torch.finfo(narrow).eps / 2, 3e-7 if c > 1 else 1e-3
+
+    y = native.gated_residual(x, branch, gate)
+    assert y.dtype == torch.float32
+    assert rel_rms(y, x.double() + per_channel(gate) * branch.double()) <= exact
+    dbranch, low, sums = native.gate_gradient(dy, gate)
+    assert dbranch.dtype == low.dtype == narrow
+    assert rel_rms(dbranch, per_channel(gate) * dy.double()) <= rounding
+    assert torch.equal(low, dy.to(narrow))
+    assert (sums - dy.double().sum((2, 3))).norm() <= 1e-6 * dy.abs().sum((2, 3)).norm()
+
+    leaf = x.double().requires_grad_()
+    rows = leaf.permute(0, 2, 3, 1)
+    h = F.layer_norm(rows, (c,), eps=1e-6).permute(0, 3, 1, 2) * (1 + per_channel(scale)) + per_channel(shift)
+    out, mean, rstd = native.adaln_modulate(x, shift, scale)
+    assert out.dtype == narrow
+    assert rel_rms(out, h.detach()) <= 1.1 * rounding + (0 if c > 1 else 1e-2)
+    h.backward(dh.double())
+    dx, again, _, _ = native.adaln_modulate_backward_residual(dh.clone(), dy, x, shift, scale, mean, rstd)
+    assert dx.dtype == torch.float32
+    assert torch.equal(again, out) or rel_rms(again, out) <= rounding
+    if c > 1:
+        assert rel_rms(dx, leaf.grad + dy.double()) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: native.gelu_backward(x, x, torch.ones(2, 3)), "s and r belong together"),
+        (lambda x: native.gelu_backward(x, x, torch.ones(2, 4), torch.ones(2, 3)), r"s has shape \(2, 4\)"),
+        (lambda x: native.gated_residual(x.double(), x, torch.ones(2, 3)), "expected the same, or float32"),
+        (lambda x: native.gate_gradient(x, torch.ones(3, 3)), r"gate has shape \(3, 3\)"),
+        (
+            lambda x: native.gated_products(torch.ones(2, 3, 4), torch.ones(3, 3), torch.ones(2, 3), None, x),
+            r"weight has shape \(3, 3\)",
+        ),
+    ],
+)
+def test_what_would_break_memory_is_refused(call, message):
+    x = torch.ones(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match=message):
+        call(x)

@@ -1,0 +1,97 @@
+"""The tests of the C++ kernels, tested: each planted bug must turn the test named beside it red.
+
+One build holds all the bugs, for one instruction set and at -O1. So each lies in code of its own, and its test runs
+no code with another bug in it.
+"""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from support import ROOT, assert_noticed, cmake, copy_package, plant
+
+# name: (file in csrc/cpu, source as it is, source with the bug, the test in tests/native that must notice)
+BUGS = {
+    "eps outside the root": (
+        "adaln.h",
+        "sqrt_of(variance + static_cast<A>(eps))",
+        "(sqrt_of(variance) + static_cast<A>(eps))",
+        "test_adaln.py::test_eps",
+    ),
+    "the first sample's gate": (
+        "adaln.h",
+        "static_cast<const T*>(a.gate) + image * a.gate_stride;\n        A* dgate",
+        "static_cast<const T*>(a.gate);\n        A* dgate",
+        "test_adaln.py::test_gated_residual",
+    ),
+    "last row of a block not summed": (
+        "channel.h",
+        "for (int64_t row = 0; row < rows; ++row)",
+        "for (int64_t row = 0; row + 1 < rows; ++row)",
+        "test_channel.py::test_sums_and_dots",
+    ),
+    "the first sample's second factor": (
+        "channel.h",
+        "static_cast<const A*>(a.r) + image * a.r_stride",
+        "static_cast<const A*>(a.r)",
+        "test_channel.py::test_affine",
+    ),
+    "taps of dx not turned": (
+        "depthwise.h",
+        "taps[Flip ? K * K - 1 - (i * K + j) : i * K + j]",
+        "taps[i * K + j]",
+        "test_depthwise.py::test_against_float64 -k plain",
+    ),
+    "GELU's slope without its density": (
+        "gelu.h",
+        "tail - m * bell * kDensity",
+        "tail - 0 * kDensity",
+        "test_depthwise.py::test_gelu_is_exact_to_the_documented_error",
+    ),
+    "the gate's part of a scale's gradient forgotten": (
+        "pointwise.h",
+        "column += weighted * by[r];",
+        "column += weighted;",
+        "test_pointwise.py::test_gated_products",
+    ),
+    "the squares of what was not rounded yet": (
+        "pointwise.h",
+        "const vec_t<T> stored = vload(y + at, lanes);",
+        "const vec_t<T> stored = vload(x + at, lanes);",
+        "test_pointwise.py::test_gelu",
+    ),
+    "gradient's sub-pixels transposed": (
+        "pixel_shuffle.h",
+        "up[4 * c + 1] = p1[c];\n                up[4 * c + 2] = p2[c];",
+        "up[4 * c + 1] = p2[c];\n                up[4 * c + 2] = p1[c];",
+        "test_pixel_shuffle.py::test_moves_elements_exactly",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    """A copy of the package with the extension built from sources that hold every bug."""
+    work = tmp_path_factory.mktemp("planted")
+    source, build, package = work / "source", work / "build", copy_package(work)
+    shutil.copytree(ROOT / "csrc", source / "csrc")
+    shutil.copy(ROOT / "CMakeLists.txt", source)
+    for file, line, bug, _ in BUGS.values():
+        plant(source / "csrc" / "cpu" / file, line, bug)
+    for library in package.glob("_C*"):
+        library.unlink()
+    options = ["-DDICO_CUDA=0", "-DDICO_ISAS=base", "-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_FLAGS_DEBUG="]
+    for args in (
+        ["-S", source, "-B", build, *options, f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={package}"],
+        ["--build", build],
+    ):
+        done = cmake(*args)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return package
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_bug_is_noticed(name, package):
+    *_, tests = BUGS[name]
+    assert_noticed(name, f"tests/native/{tests}", package)

@@ -1,0 +1,70 @@
+"""Fifty fused training steps follow the reference's loss as closely as another memory layout of the reference does."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import dico_kernels as dk
+from dico_kernels.reference.dico import DiCo
+from dico_kernels.reference.fcdm import FCDM
+from dico_kernels.reference.weights import fill_
+
+STEPS = 50
+MODELS = {"DiCo": DiCo, "FCDM": FCDM}
+
+
+def losses(model, dtype, layout=torch.contiguous_format):
+    """The loss of every step from the model's weights on; data by step, the same for all."""
+    model = copy.deepcopy(model).train().to(memory_format=layout)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    generator = torch.Generator().manual_seed(0)
+    cast = contextlib.nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype)
+    found = []
+    for _ in range(STEPS):
+        x, noise = (torch.randn(2, 4, 16, 16, generator=generator) for _ in range(2))
+        t, y = torch.randint(1000, (2,), generator=generator), torch.randint(10, (2,), generator=generator)
+        with cast:
+            out = model((x + noise).contiguous(memory_format=layout), t, y)
+        loss = F.mse_loss(out.float(), noise)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        found.append(loss.item())
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def deviations(name, dtype, change=lambda model: model):
+    """How far channels_last, and fused, stray from the reference: rms over the steps, relative to its loss."""
+    torch.manual_seed(0)
+    model = MODELS[name](
+        in_channels=4, hidden_size=32, depth=(1, 1, 1, 1, 1), num_classes=10, learn_sigma=False, class_dropout_prob=0
+    )
+    fill_(model)
+    truth = losses(model, dtype)
+    spread = losses(model, dtype, torch.channels_last)
+    fused = losses(change(dk.fuse(copy.deepcopy(model))), dtype)
+    assert torch.isfinite(truth).all()
+    return [float(((v - truth) / truth).square().mean().sqrt()) for v in (spread, fused)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_fifty_steps_follow_the_reference(name, dtype):
+    spread, fused = deviations(name, dtype)
+    assert spread > 0
+    assert fused <= 10 * spread
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_block_without_its_channel_attention_does_not(dtype, monkeypatch):
+    """The test above would notice: the gate of one op set to a half."""
+    from dico_kernels.ops import block
+
+    monkeypatch.setattr(block, "attention_of", lambda pooled, weight, bias: torch.full_like(pooled, 0.5))
+    spread, fused = deviations("DiCo", dtype)
+    assert fused > 10 * spread
