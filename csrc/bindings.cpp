@@ -146,8 +146,8 @@ PYBIND11_MODULE(_C, m) {
                                                             backward, threads);
           });
     using D = dico::DepthwiseArgs;
-    bind(m, "depthwise", &Kernels::depthwise, &D::x, &D::weight, &D::bias, &D::y, &D::scratch, &D::images,
-         &D::height, &D::width, &D::channels, &D::k, &D::gelu, &D::block_height);
+    bind(m, "depthwise", &Kernels::depthwise, &D::x, &D::weight, &D::bias, &D::y, &D::sums, &D::partial,
+         &D::scratch, &D::images, &D::height, &D::width, &D::channels, &D::k, &D::gelu, &D::block_height);
     using DB = dico::DepthwiseBackwardArgs;
     bind(m, "depthwise_backward", &Kernels::depthwise_backward, &DB::dy, &DB::x, &DB::weight, &DB::bias, &DB::dx,
          &DB::dweight, &DB::dbias, &DB::partial, &DB::scratch, &DB::images, &DB::height, &DB::width, &DB::channels,
@@ -169,6 +169,10 @@ PYBIND11_MODULE(_C, m) {
     bind(m, "gated_products", &Kernels::gated_products, &GP::products, &GP::weight, &GP::gate, &GP::s, &GP::dweight,
          &GP::dgate, &GP::dscale, &GP::partial, &GP::samples, &GP::outputs, &GP::inputs, &GP::block_rows,
          &GP::gate_stride);
+
+    using CT = dico::AttentionArgs;
+    bind(m, "channel_attention", &Kernels::channel_attention, &CT::sums, &CT::weight, &CT::bias, &CT::mean,
+         &CT::attention, &CT::images, &CT::channels, &CT::pixels);
 
 #ifdef DICO_WITH_CUDA
     m.def("adaln_modulate_cuda",

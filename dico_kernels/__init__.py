@@ -7,6 +7,7 @@ from dico_kernels.fuse import fuse, unfuse
 from dico_kernels.info import build_info
 from dico_kernels.models import create_model, model_names
 from dico_kernels.ops._backends import BackendError, backend
+from dico_kernels.packing import pack, unpack
 from dico_kernels.sampling import GraphRunner
 from dico_kernels.version import __version__
 
@@ -24,5 +25,7 @@ __all__ = [
     "model_names",
     "nn",
     "ops",
+    "pack",
     "unfuse",
+    "unpack",
 ]

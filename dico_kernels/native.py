@@ -1,105 +1,26 @@
-"""The one door to ``dico_kernels._C``, the kernels built from csrc/.
+"""The native kernels, built from csrc/, as functions of tensors.
 
-The extension knows pointers and sizes only; every check that keeps them valid is here. torch is imported first, so that
-the extension binds to torch's OpenMP runtime and the two share one pool of threads.
+The extension knows pointers and sizes only; every check that keeps them valid is here.
 """
 
 from __future__ import annotations
 
-import importlib
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from dico_kernels._extension import available as available
+from dico_kernels._extension import build as build
+from dico_kernels._extension import call
+from dico_kernels._extension import extension as extension
+from dico_kernels._extension import isa as isa
+from dico_kernels._extension import isas as isas
+from dico_kernels._extension import why_unavailable as why_unavailable
+from dico_kernels._extension import with_cuda as with_cuda
+from dico_kernels._linear import from_rows, linear, rows
 from dico_kernels._memory import DTYPES, dense, image, kind, like, reduced, row_blocks, vector, wide_stream
 from dico_kernels.dtypes import accumulation_dtype
-
-ISA_VARIABLE = "DICO_KERNELS_CPU_ISA"
-BUILD_HINT = "run `pip install -e .` in the clone (it needs a C++17 compiler) to build it"
-
-
-def _load() -> tuple[Any, str]:
-    """The extension module, or None and the reason."""
-    try:
-        module = importlib.import_module("dico_kernels._C")
-    except ImportError as error:
-        return None, f"dico_kernels._C cannot be imported ({error}); {BUILD_HINT}"
-    wanted = os.environ.get(ISA_VARIABLE)
-    if wanted:
-        try:
-            module.select_isa(wanted)
-        except ValueError as error:
-            raise ValueError(f"{ISA_VARIABLE}={wanted!r}: {error}") from None
-    return module, ""
-
-
-_C, why_unavailable = _load()
-
-
-def available() -> bool:
-    """Whether the extension is there; ``why_unavailable`` says why when it is not."""
-    return _C is not None
-
-
-def extension() -> Any:
-    """The extension module.
-
-    Raises:
-        ImportError: it was not built or cannot be loaded; the message says what to do.
-    """
-    if _C is None:
-        raise ImportError(why_unavailable)
-    return _C
-
-
-def with_cuda() -> bool:
-    """Whether the extension was built with CUDA kernels."""
-    return available() and bool(extension().build()["with_cuda"])
-
-
-def isas() -> list[str]:
-    """CPU instruction sets that were compiled in and run here, best first: of "v4", "v3", "base"."""
-    return list(extension().available_isas())
-
-
-@contextmanager
-def isa(name: str) -> Iterator[None]:
-    """Within the context, CPU kernels run as compiled for one instruction set.
-
-    Raises:
-        ValueError: a name that is not in isas().
-    """
-    module = extension()
-    before = module.selected_isa()
-    module.select_isa(name)
-    try:
-        yield
-    finally:
-        module.select_isa(before)
-
-
-def build() -> dict[str, Any]:
-    """What the extension says of its own build: version, compiler, openmp, cuda, with_cuda."""
-    return dict(extension().build())
-
-
-def _call(kernel: str, x: Tensor, *args: Tensor | float | None, dtype: torch.dtype | None = None) -> None:
-    """Run a kernel of the extension in x's dtype, or another; tensors go as pointers, None as a null one.
-
-    Raises:
-        RuntimeError: x is not on the CPU, naming the kernel.
-        ImportError: the extension was not built.
-    """
-    module = extension()
-    if x.device.type != "cpu":
-        raise RuntimeError(f"{kernel}: the native kernel runs on cpu only, and the input is on {x.device}")
-    values = [v.data_ptr() if isinstance(v, Tensor) else 0 if v is None else v for v in args]
-    getattr(module, kernel)(DTYPES[dtype or x.dtype], torch.get_num_threads(), *values)
-
 
 # ---- adaLN and the gated residual: csrc/cpu/adaln.h ----
 
@@ -129,7 +50,7 @@ def adaln_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -
     y, mean, rstd = like(x, dtype), reduced(x, n, h, w), reduced(x, n, h, w)
     if x.device.type != "cuda":
         args = (x, shift, scale, y, mean, rstd, *strides, eps, wide)
-        _call("adaln_modulate", x, *row_blocks(x)[:4], *args, dtype=dtype)
+        call("adaln_modulate", x, *row_blocks(x)[:4], *args, dtype=dtype)
         return y, mean, rstd
     kind("shift", shift, x.dtype, x.device)
     if not with_cuda():
@@ -152,7 +73,7 @@ def adaln_modulate_backward(
     n, c = x.shape[:2]
     *sizes, blocks = row_blocks(x)
     dx, dshift, dscale, partial = like(x), reduced(x, n, c), reduced(x, n, c), reduced(x, blocks, 2, c)
-    _call("adaln_modulate_backward", x, *sizes, dy, x, scale, mean, rstd, dx, dshift, dscale, partial, stride)
+    call("adaln_modulate_backward", x, *sizes, dy, x, scale, mean, rstd, dx, dshift, dscale, partial, stride)
     return dx, dshift, dscale
 
 
@@ -177,7 +98,7 @@ def adaln_modulate_backward_residual(
     *sizes, blocks = row_blocks(x)
     outs = (like(x), dh, reduced(x, n, c), reduced(x, n, c))
     args = (dh, dy, x, shift, scale, mean, rstd, *outs, reduced(x, blocks, 2, c), *strides, wide)
-    _call("adaln_modulate_backward_residual", x, *sizes, *args, dtype=dtype)
+    call("adaln_modulate_backward_residual", x, *sizes, *args, dtype=dtype)
     return outs
 
 
@@ -200,7 +121,7 @@ def gated_residual(x: Tensor, branch: Tensor, gate: Tensor, overwrite: bool = Fa
         raise ValueError(f"branch has shape {tuple(branch.shape)} on {branch.device}: expected {tuple(x.shape)}, x's")
     stride = vector("gate", gate, x, dtype)
     y = branch if overwrite and not wide else like(x)
-    _call("gated_residual", x, *row_blocks(x)[:4], x, branch, gate, y, stride, wide, dtype=dtype)
+    call("gated_residual", x, *row_blocks(x)[:4], x, branch, gate, y, stride, wide, dtype=dtype)
     return y
 
 
@@ -218,7 +139,7 @@ def gate_gradient(dy: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dbranch, sums = like(dy, dtype), reduced(dy, n, c)
     narrow = like(dy, dtype) if wide else dy
     args = (dy, gate, dbranch, narrow, sums, reduced(dy, blocks, c), stride, wide)
-    _call("gate_gradient", dy, *sizes, *args, dtype=dtype)
+    call("gate_gradient", dy, *sizes, *args, dtype=dtype)
     return dbranch, narrow, sums
 
 
@@ -230,7 +151,7 @@ def gated_residual_backward(dy: Tensor, branch: Tensor, gate: Tensor) -> tuple[T
     n, c = dy.shape[:2]
     *sizes, blocks = row_blocks(dy)
     dbranch, dgate, partial = like(dy), reduced(dy, n, c), reduced(dy, blocks, c)
-    _call("gated_residual_backward", dy, *sizes, dy, branch, gate, dbranch, dgate, partial, stride)
+    call("gated_residual_backward", dy, *sizes, dy, branch, gate, dbranch, dgate, partial, stride)
     return dbranch, dgate
 
 
@@ -244,7 +165,7 @@ def gated_residual_adaln(
     n, _, height, width = x.shape
     y, h, mean, rstd = like(x), like(x), reduced(x, n, height, width), reduced(x, n, height, width)
     args = (x, branch, gate, shift, scale, y, h, mean, rstd, *strides, eps)
-    _call("gated_residual_adaln", x, *row_blocks(x)[:4], *args)
+    call("gated_residual_adaln", x, *row_blocks(x)[:4], *args)
     return y, h, mean, rstd
 
 
@@ -263,7 +184,7 @@ def gated_residual_adaln_backward(
     dgate, dshift, dscale = reduced(y, n, c), reduced(y, n, c), reduced(y, n, c)
     ins = (dy, dh, y, branch, gate, scale, mean, rstd)
     outs = (dx, dbranch, dgate, dshift, dscale, reduced(y, blocks, 3, c))
-    _call("gated_residual_adaln_backward", y, *sizes, *ins, *outs, *strides)
+    call("gated_residual_adaln_backward", y, *sizes, *ins, *outs, *strides)
     return dx, dbranch, dgate, dshift, dscale
 
 
@@ -275,7 +196,7 @@ def channel_sums(x: Tensor) -> Tensor:
     image("x", x)
     *sizes, blocks = row_blocks(x)
     out, partial = reduced(x, *x.shape[:2]), reduced(x, blocks, x.shape[1])
-    _call("channel_sums", x, *sizes, x, out, partial)
+    call("channel_sums", x, *sizes, x, out, partial)
     return out
 
 
@@ -285,7 +206,7 @@ def channel_dots(a: Tensor, b: Tensor) -> Tensor:
     image("b", b, a)
     *sizes, blocks = row_blocks(a)
     out, partial = reduced(a, *a.shape[:2]), reduced(a, blocks, a.shape[1])
-    _call("channel_dots", a, *sizes, a, b, out, partial)
+    call("channel_dots", a, *sizes, a, b, out, partial)
     return out
 
 
@@ -309,8 +230,28 @@ def channel_affine(
     vectors = (("s", s), ("shift", shift), ("r", r))
     strides = [0 if v is None else vector(k, v, x, accumulation_dtype(x.dtype)) for k, v in vectors]
     y = x if overwrite else like(x)
-    _call("channel_affine", x, *row_blocks(x)[:4], x, s, shift, z, r, y, *strides)
+    call("channel_affine", x, *row_blocks(x)[:4], x, s, shift, z, r, y, *strides)
     return y
+
+
+# ---- channel attention's gate: csrc/cpu/attention.h ----
+
+
+def channel_attention(sums: Tensor, pixels: int, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(mean, sigmoid(W mean + b)) of mean = sums / pixels, each (N, C) in the accumulation dtype; W (C, C), b (C,)."""
+    n, c = sums.shape
+    if weight.dtype not in DTYPES:
+        raise ValueError(f"weight has dtype {weight.dtype}: expected a floating dtype")
+    wide = accumulation_dtype(weight.dtype)
+    dense("sums", sums, (n, c), wide, sums.device)
+    dense("weight", weight, (c, c), weight.dtype, sums.device)
+    if bias is not None:
+        dense("bias", bias, (c,), weight.dtype, sums.device)
+    if pixels < 1:
+        raise ValueError(f"pixels={pixels}: expected at least 1")
+    mean, attention = torch.empty_like(sums), torch.empty_like(sums)
+    call("channel_attention", sums, sums, weight, bias, mean, attention, n, c, pixels, dtype=weight.dtype)
+    return mean, attention
 
 
 # ---- depthwise convolution: csrc/cpu/depthwise.h ----
@@ -346,8 +287,18 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Ten
     image("x", x)
     sizes = _depthwise_sizes(x, weight, bias, gelu)
     y = like(x)
-    _call("depthwise", x, x, weight, bias, y, _depthwise_scratch(x, sizes[4], False), *sizes)
+    call("depthwise", x, x, weight, bias, y, None, None, _depthwise_scratch(x, sizes[4], False), *sizes)
     return y
+
+
+def depthwise_sums(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> tuple[Tensor, Tensor]:
+    """depthwise, and the sums over (H, W) of its output, (N, C) in the accumulation dtype."""
+    image("x", x)
+    sizes = _depthwise_sizes(x, weight, bias, gelu)
+    n, h, _, c, k, _, block = sizes
+    y, sums, partial = like(x), reduced(x, n, c), reduced(x, n * -(-h // block), c)
+    call("depthwise", x, x, weight, bias, y, sums, partial, _depthwise_scratch(x, k, False), *sizes)
+    return y, sums
 
 
 def depthwise_backward(
@@ -362,14 +313,14 @@ def depthwise_backward(
     dx, dweight, dbias = like(x), reduced(x, c, 1, k, k), reduced(x, c)
     partial = reduced(x, partitions, k * k + 1, c)
     outs = (dx, dweight, dbias, partial, _depthwise_scratch(x, k, True))
-    _call("depthwise_backward", x, dy, x, weight, bias, *outs, *sizes, partitions)
+    call("depthwise_backward", x, dy, x, weight, bias, *outs, *sizes, partitions)
     return dx, dweight, dbias
 
 
 # ---- PixelShuffle, skip and 1x1 convolution: csrc/cpu/pixel_shuffle.h ----
 
 # Bytes of the concatenated rows that exist at any time. Fewer, and the product reads a wide weight too often.
-_CHUNK_BYTES = 1 << 22
+_CHUNK_BYTES = 1 << 24
 
 
 def _shuffle_views(up: Tensor, skip: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -410,16 +361,18 @@ def pixel_shuffle_skip(up: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | 
     k, wide = matrix.shape
     if bias is not None:
         dense("bias", bias, (k,), up.dtype, up.device)
-    n, _, height, width = skip.shape
-    out = torch.empty((n, k, height, width), dtype=up.dtype, device=up.device, memory_format=torch.channels_last)
-    rows = out.permute(0, 2, 3, 1).reshape(-1, k)
+    out: Tensor | None = None
     for part, pixels, cat in _shuffle_chunks(small, wide):
         sizes = (part.stop - part.start, small.shape[1], small.shape[2] // 4, large.shape[2])
-        _call("shuffle_gather", up, small[part], large[part], cat, *sizes)
-        if bias is None:
-            torch.mm(cat, matrix.t(), out=rows[pixels])
-        else:
-            torch.addmm(bias, cat, matrix.t(), out=rows[pixels])
+        call("shuffle_gather", up, small[part], large[part], cat, *sizes)
+        product = linear(cat, matrix, bias)
+        if part.stop - part.start == small.shape[0]:
+            return from_rows(product, skip)
+        if out is None:
+            n, _, height, width = skip.shape
+            out = torch.empty((n, k, height, width), dtype=up.dtype, memory_format=torch.channels_last)
+        rows(out)[pixels] = product
+    assert out is not None
     return out
 
 
@@ -441,10 +394,10 @@ def pixel_shuffle_skip_backward(
     dweight = torch.zeros(k, wide, dtype=accumulation_dtype(up.dtype), device=up.device)
     for part, pixels, cat in _shuffle_chunks(small, wide):
         sizes = (part.stop - part.start, small.shape[1], small.shape[2] // 4, large.shape[2])
-        _call("shuffle_gather", up, small[part], large[part], cat, *sizes)
+        call("shuffle_gather", up, small[part], large[part], cat, *sizes)
         dweight += torch.mm(dy_rows[pixels].t(), cat)
-        torch.mm(dy_rows[pixels], matrix, out=cat)
-        _call("shuffle_scatter", up, dsmall[part], dlarge[part], cat, *sizes)
+        cat = linear(dy_rows[pixels], matrix.t())
+        call("shuffle_scatter", up, dsmall[part], dlarge[part], cat, *sizes)
     return dup, dskip, dweight.reshape(k, wide, 1, 1), channel_sums(dy).sum(0)
 
 
@@ -459,7 +412,7 @@ def gelu(x: Tensor, squares: bool) -> tuple[Tensor, Tensor | None]:
     y, sums, partial = like(x), None, None
     if squares:
         sums, partial = reduced(x, n, c), reduced(x, blocks, c)
-    _call("gelu", x, *sizes, x, y, sums, partial)
+    call("gelu", x, *sizes, x, y, sums, partial)
     return y, sums
 
 
@@ -480,7 +433,7 @@ def gelu_backward(
             dense(name, v, (n, c), accumulation_dtype(x.dtype), x.device)
     *sizes, blocks = row_blocks(x)
     dx, sums, y = dy if overwrite else like(x), reduced(x, n, c), like(x) if keep else None
-    _call("gelu_backward", x, *sizes, dy, x, s, r, dx, y, sums, reduced(x, blocks, c))
+    call("gelu_backward", x, *sizes, dy, x, s, r, dx, y, sums, reduced(x, blocks, c))
     return dx, y, sums
 
 
@@ -507,5 +460,5 @@ def gated_products(
         dscale, partial = reduced(products, n, c), reduced(products, -(-k // block), n, c)
     stride = 0 if gate.shape[0] == 1 else k
     args = (products, weight, gate, s, dweight, dgate, dscale, partial, n, k, c, block, stride)
-    _call("gated_products", products, *args)
+    call("gated_products", products, *args)
     return dgate, dscale

@@ -25,6 +25,12 @@ BUGS = {
         "static_cast<const T*>(a.gate);\n        A* dgate",
         "test_adaln.py::test_gated_residual",
     ),
+    "attention's bias forgotten": (
+        "attention.h",
+        "(bias ? load(bias + r) : A{})",
+        "A{}",
+        "test_attention.py::test_against_float64 -k True",
+    ),
     "last row of a block not summed": (
         "channel.h",
         "for (int64_t row = 0; row < rows; ++row)",

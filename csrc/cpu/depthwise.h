@@ -183,6 +183,7 @@ static void depthwise_typed(const DepthwiseArgs& a, int threads) {
             const int64_t channels = a.channels - c0 < kRingVectors * L ? a.channels - c0 : kRingVectors * L;
             const T* x = static_cast<const T*>(a.x) + start;
             T* y = static_cast<T*>(a.y) + start;
+            V totals[kRingVectors] = {};
             for (int64_t r = first - K / 2; r < first + K / 2; ++r)
                 ring.fill(x, r, row_stride, a.channels, channels);
             for (int64_t r = first; r < end; ++r) {
@@ -192,13 +193,23 @@ static void depthwise_typed(const DepthwiseArgs& a, int threads) {
                     ring.around(r, static_cast<int>(c / L), rows);
                     T* to = y + r * row_stride + c;
                     const V bias = bias_of<T>(a.bias, c0 + c, channels - c);
+                    V total = {};
                     stencil<K, false>(rows, taps + (c0 + c) / L * K * K, bias, a.width, [&](int64_t w, V sum) {
                         vstore(to + w * a.channels, a.gelu ? gelu(sum) : sum, lanes);
+                        if (a.sums) total += vload(to + w * a.channels, lanes);  // of the rounded values
                     });
+                    totals[c / L] += total;
                 });
             }
+            if (a.sums)
+                each_vector<T>(channels, [&](int64_t c, auto lanes) {
+                    vstore(static_cast<acc_t<T>*>(a.partial) + block * a.channels + c0 + c, totals[c / L], lanes);
+                });
         }
     }
+    if (a.sums)
+        sum_blocks(static_cast<const acc_t<T>*>(a.partial), a.channels, static_cast<acc_t<T>*>(a.sums),
+                   Image{a.images, row_blocks, a.channels, 1}, threads);
 }
 
 // One pass over x and dy: the row of dz = dy * GELU'(z), with z computed anew, goes into a ring of its own, from

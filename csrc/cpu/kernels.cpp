@@ -31,6 +31,7 @@ static inline int thread_number() { return 0; }
 #include "gelu.h"
 // In the order of their files' names.
 #include "adaln.h"
+#include "attention.h"
 #include "channel.h"
 #include "depthwise.h"
 #include "pixel_shuffle.h"
@@ -56,6 +57,7 @@ const Kernels table = {DICO_STRING(DICO_ISA),
                        shuffle_scatter,
                        gelu_forward,
                        gelu_backward,
-                       gated_products};
+                       gated_products,
+                       channel_attention};
 
 }  // namespace dico::cpu::DICO_ISA

@@ -68,6 +68,7 @@ class Fused(nn.Module):
         fused_family: what to call it in explain's table.
         fused_arity: how many inputs forward takes.
         fused_joined: children that are bypassed while they are plain, and called otherwise.
+        fused_products: names of the 1x1 convolutions whose weights are multiplied as they are, which pack() packs.
         fused_original: the class that fuse() replaced; None for a class of ``dico_kernels.nn``.
     """
 
@@ -76,6 +77,7 @@ class Fused(nn.Module):
     fused_original: ClassVar[type[nn.Module] | None] = None
     fused_arity: ClassVar[int] = 2
     fused_joined: ClassVar[tuple[str, ...]] = ()
+    fused_products: ClassVar[tuple[str, ...]] = ()
 
     def why_unfused(self, sharded: bool = False) -> str | None:
         """Why the unfused forward runs at present, or None.

@@ -47,6 +47,7 @@ class FusedDiCoBlock(Fused):
         *_convolution(1, "ca", "1"),
         *_plain(nn.Sigmoid, "ca", "2"),
     )
+    fused_products: ClassVar[tuple[str, ...]] = ("conv1", "conv3", "conv4", "conv5")
     fused_eps: ClassVar[tuple[float, float]] = (LN_EPS, LN_EPS)
 
     def forward(self, x: Tensor, c: Any) -> Tensor:
@@ -95,6 +96,7 @@ class FusedPlainDiCoBlock(FusedDiCoBlock):
 
     fused_family: ClassVar[str] = "DiCo block, unconditioned"
     fused_arity: ClassVar[int] = 1
+    fused_products: ClassVar[tuple[str, ...]] = ("conv3", "conv5")  # the norms' affine parts join the others
     fused_norms: ClassVar[tuple[tuple[str, ...], tuple[str, ...]]] = (("norm1",), ("norm2",))
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
@@ -140,6 +142,7 @@ class FusedFCDMBlock(Fused):
         *_plain(fcdm.GlobalResponseNorm, "grn"),
         *_convolution(1, "pwconv2"),
     )
+    fused_products: ClassVar[tuple[str, ...]] = ("pwconv1", "pwconv2")
     fused_eps: ClassVar[tuple[float, float]] = (LN_EPS, GRN_EPS)
     fused_affine: ClassVar[tuple[str, str]] = ("gamma", "beta")
 

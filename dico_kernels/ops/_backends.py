@@ -127,6 +127,12 @@ class _Setting:
         self.products = _checked_products(os.environ.get(PRODUCTS_VARIABLE) or "auto", PRODUCTS_VARIABLE)
         self.record: Callable[[Choice], None] | None = None
         self.warned: set[tuple[str, str, str]] = set()
+        self.settled: dict[tuple[str, str], Callable[..., Any]] = {}  # what select found, by entry and device
+
+    def choose(self, name: str, strict: bool, products: str) -> None:
+        """Take another choice."""
+        self.name, self.strict, self.products = name, strict, products
+        self.settled = {}
 
 
 _SETTING = _Setting()
@@ -146,13 +152,12 @@ def backend(name: str, strict: bool = False, products: str = "auto") -> Iterator
     Raises:
         ValueError: an unknown name.
     """
-    before = _SETTING.name, _SETTING.strict, _SETTING.products
-    wanted = _checked(name, "name"), strict, _checked_products(products, "products")
-    _SETTING.name, _SETTING.strict, _SETTING.products = wanted
+    before = current()
+    _SETTING.choose(_checked(name, "name"), strict, _checked_products(products, "products"))
     try:
         yield
     finally:
-        _SETTING.name, _SETTING.strict, _SETTING.products = before
+        _SETTING.choose(*before)
 
 
 def current() -> tuple[str, bool, str]:
@@ -176,6 +181,9 @@ def select(entry: str, x: Tensor) -> Callable[..., Any]:
     Raises:
         BackendError: strict, and what is asked for cannot run.
     """
+    settled, key = _SETTING.settled, (entry, "cpu" if x.is_cpu else x.device.type)
+    if (found := settled.get(key)) is not None and _SETTING.record is None:
+        return found
     wanted = _SETTING.name
     order = list(_BACKENDS) if wanted == "auto" else [wanted, *(b for b in _BACKENDS if b != wanted)]
     refusals: dict[str, str] = {}
@@ -189,6 +197,7 @@ def select(entry: str, x: Tensor) -> Callable[..., Any]:
         if reason is None:
             _note(entry, x, name, refusals)
             function: Callable[..., Any] = getattr(functions(), entry)
+            settled[key] = function
             return function
         refusals[name] = reason
     raise AssertionError("the reference runs everything")

@@ -39,7 +39,7 @@ def register(
         kernel: the implementation for CPU and CUDA tensors; chooses the backend itself.
         fake: the same results' shapes, dtypes and strides without data; validates as the kernel does.
         setup_context: saves what backward needs; without backward, differentiating the op is refused.
-        backward: gradient formula.
+        backward: gradient formula; called only if an output has a gradient, the others' are None.
         autocast: "activation": every floating tensor follows the first one's dtype, as torch's promoting elementwise
             ops do; "lower": all are cast to autocast's dtype, as its matrix products are; "branch": all but the first
             are, the residual stream, which keeps its own; None: not differentiated through, so never met.
@@ -52,6 +52,8 @@ def register(
     torch.library.register_fake(qualified, fake, lib=_LIB)
     if backward is None:
         setup_context, backward = None, _refuse_second_derivative(name)
+    elif setup_context is not None:
+        setup_context, backward = _without_zeros(setup_context, backward)
     torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIB)
     torch.library.register_vmap(qualified, _refuse_vmap(name), lib=_LIB)
     op: Op = getattr(torch.ops.dico_kernels, name).default
@@ -83,6 +85,21 @@ def _autocast(op: Op, device: str, key: str, policy: str) -> Op:
             return op(*map(cast, args))
 
     return call
+
+
+def _without_zeros(setup_context: Op, backward: Op) -> tuple[Op, Op]:
+    """Spare autograd the zeros that it would make, in full size, as the gradients of what an op saves."""
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.set_materialize_grads(False)
+        setup_context(ctx, inputs, output)
+
+    def gradient(ctx: Any, *grads: Tensor | None) -> Any:
+        if all(g is None for g in grads):
+            return (None,) * len(ctx.needs_input_grad)
+        return backward(ctx, *grads)
+
+    return setup, gradient
 
 
 def _refuse_second_derivative(name: str) -> Op:

@@ -76,13 +76,10 @@ def _adaln_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     x, shift, scale, _ = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, shift, scale, mean, rstd)
 
 
-def _adaln_gradient(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if dy is None:
-        return (None,) * 4
+def _adaln_gradient(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     x, shift, scale, mean, rstd = ctx.saved_tensors
     dx, dshift, dscale = _ADALN_BACKWARD(dy, x, scale, mean, rstd)
     return only_needed(ctx, (dx, reduce_to(dshift, shift), reduce_to(dscale, scale), None))
@@ -263,6 +260,7 @@ def _seam_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     _, branch, gate, shift, scale, _ = inputs
     y, _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(True)  # y or h may be all that is used
     ctx.save_for_backward(y, branch, gate, shift, scale, mean, rstd)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from dico_kernels.dtypes import accumulation_dtype
 from dico_kernels.ops import _checks as check
 from dico_kernels.ops import pointwise as pw
-from dico_kernels.ops._backends import fused_products, select
+from dico_kernels.ops._backends import fused_products, optional, select
 from dico_kernels.ops._library import only_needed, reduce_to, register
 from dico_kernels.ops.cca import attention_gradients, attention_of
 
@@ -115,15 +115,19 @@ def _conv(
         )  # fmt: skip
         return (done.out, *((done.y1, *done.statistics, done.pooled, done.attention) if save else nothing(x, 5)))
     a, mean, rstd = select("adaln_modulate", x)(x, shift.contiguous(), scale.contiguous(), eps)
-    y1 = pw.from_rows(pw.linear(pw.rows(a), check.matrix(w1), check.dense(b1)), x)
+    y1 = pw.from_rows(pw.linear(pw.rows(a), pw.matrix(w1, not save), check.dense(b1)), x)
     del a
-    y2 = select("depthwise", x)(y1, dw.contiguous(), check.dense(db), True)
+    both = optional("depthwise_sums", x)
+    if both is not None:
+        y2, sums = both(y1, dw.contiguous(), check.dense(db), True)
+    else:
+        y2 = select("depthwise", x)(y1, dw.contiguous(), check.dense(db), True)
+        sums = select("channel_sums", x)(y2)
     if not save:
         del y1
-    pooled = select("channel_sums", x)(y2) / (x.shape[2] * x.shape[3])
-    attention = attention_of(pooled, wa, ba)
+    pooled, attention = attention_of(sums, x.shape[2] * x.shape[3], wa, ba)
     y2 = select("channel_affine", x)(y2, attention, overwrite=True)
-    branch = pw.from_rows(pw.linear(pw.rows(y2), check.matrix(w2), check.dense(b2)), x)
+    branch = pw.from_rows(pw.linear(pw.rows(y2), pw.matrix(w2, not save), check.dense(b2)), x)
     out = select("gated_residual", x)(x, branch, gate.contiguous(), overwrite=True)
     return (out, y1, mean, rstd, pooled, attention) if save else (out, *nothing(x, 5))
 
@@ -303,7 +307,7 @@ def _ffn(
         )  # fmt: skip
         return (done.out, *((*done.statistics, done.h if keep else nothing(x, 1)[0]) if save else nothing(x, 3)))
     a, mean, rstd = select("adaln_modulate", x)(x, shift.contiguous(), scale.contiguous(), eps)
-    m1, b1 = check.matrix(w1), check.dense(b1)
+    m1, b1 = pw.matrix(w1, not save), check.dense(b1)
     if save and not recompute:
         h = pw.from_rows(pw.linear(pw.rows(a), m1, b1), x)
         del a
@@ -312,7 +316,7 @@ def _ffn(
         (h,) = nothing(x, 1)
         hidden = pw.linear_gelu(pw.rows(a), m1, b1)
         del a
-    branch = pw.from_rows(pw.linear(hidden, check.matrix(w2), check.dense(b2)), x)
+    branch = pw.from_rows(pw.linear(hidden, pw.matrix(w2, not save), check.dense(b2)), x)
     del hidden
     out = select("gated_residual", x)(x, branch, gate.contiguous(), overwrite=True)
     return (out, mean, rstd, h) if save else (out, *nothing(x, 3))

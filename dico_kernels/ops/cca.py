@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from dico_kernels.dtypes import accumulation_dtype
 from dico_kernels.ops import _checks as check
-from dico_kernels.ops._backends import select
+from dico_kernels.ops._backends import optional, select
 from dico_kernels.ops._library import only_needed, register
 
 
@@ -22,11 +22,20 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     check.vector("bias", bias, x.shape[1], x)
 
 
-def attention_of(pooled: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """sigmoid(W pooled + b), (N, C), in pooled's dtype, the accumulation's."""
+# Images up to which a kernel of our own is faster than a product and the small steps around it. Of AVX-512 cores.
+_FEW_IMAGES = 8
+
+
+def attention_of(sums: Tensor, pixels: int, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(pooled, sigmoid(W pooled + b)) of pooled = sums / pixels; (N, C) in sums' dtype, the accumulation's."""
+    kernel = optional("channel_attention", sums) if sums.shape[0] <= _FEW_IMAGES else None
+    if kernel is not None:
+        result: tuple[Tensor, Tensor] = kernel(sums, pixels, check.matrix(weight), check.dense(bias))
+        return result
+    pooled = sums / pixels
     # In the weights' dtype: widening a C x C matrix each call would cost more than the product.
     logits = F.linear(pooled.to(weight.dtype), check.matrix(weight), check.dense(bias))
-    return torch.sigmoid(logits.to(pooled.dtype))
+    return pooled, torch.sigmoid(logits.to(pooled.dtype))
 
 
 def attention_gradients(
@@ -44,8 +53,7 @@ def _cca(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor
     if x.shape[0] == 0:
         return _fake(x, weight, bias)
     x = check.channels_last(x)
-    pooled: Tensor = select("channel_sums", x)(x) / (x.shape[2] * x.shape[3])
-    attention = attention_of(pooled, weight, bias)
+    pooled, attention = attention_of(select("channel_sums", x)(x), x.shape[2] * x.shape[3], weight, bias)
     return select("channel_affine", x)(x, attention), pooled, attention
 
 

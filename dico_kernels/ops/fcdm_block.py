@@ -47,12 +47,13 @@ def _bias(w2: Tensor, b2: Tensor | None, beta: Tensor) -> Tensor:
 
 
 def _hidden(
-    x: Tensor, shift: Tensor, scale: Tensor, dw: Tensor, db: Tensor | None, w1: Tensor, b1: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, shift: Tensor, scale: Tensor, dw: Tensor, db: Tensor | None, w1: Tensor, b1: Tensor | None, eps: float,
+    frozen: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """pw1's output, and LayerNorm's mean and rstd."""
     z = select("depthwise", x)(x.to(w1.dtype), dw.contiguous(), check.dense(db), False)
     a, mean, rstd = select("adaln_modulate", x)(z, shift.contiguous(), scale.contiguous(), eps)
-    return pw.from_rows(pw.linear(pw.rows(a), check.matrix(w1), check.dense(b1)), x), mean, rstd
+    return pw.from_rows(pw.linear(pw.rows(a), pw.matrix(w1, frozen), check.dense(b1)), x), mean, rstd
 
 
 def _block(
@@ -74,13 +75,13 @@ def _block(
         )  # fmt: skip
         saved = (*done.statistics, done.norm, done.h if keep else nothing(x, 1)[0])
         return (done.out, *(saved if save else nothing(x, 4)))
-    h, mean, rstd = _hidden(x, shift, scale, dw, db, w1, b1, ln_eps)
+    h, mean, rstd = _hidden(x, shift, scale, dw, db, w1, b1, ln_eps, not save)
     g, squares = select("gelu", x)(h, True)
     if not save or recompute:
         (h,) = nothing(x, 1)
     norm = squares.sqrt()
     g = select("channel_affine", x)(g, scale_of(norm, row(gamma, x), grn_eps), overwrite=True)
-    branch = pw.from_rows(pw.linear(pw.rows(g), check.matrix(w2), _bias(w2, b2, beta)), x)
+    branch = pw.from_rows(pw.linear(pw.rows(g), pw.matrix(w2, not save), _bias(w2, b2, beta)), x)
     out = select("gated_residual", x)(x, branch, gate.contiguous(), overwrite=True)
     return (out, mean, rstd, norm, h) if save else (out, *nothing(x, 4))
 
@@ -108,7 +109,7 @@ def _backward(
     x, dy, dw = check.channels_last(x), check.channels_last(dy), dw.contiguous()
     m1, m2, wide_gamma = check.matrix(w1), check.matrix(w2), row(gamma, x)
     if h.ndim == 1:
-        h, _, _ = _hidden(x, shift, scale, dw, db, w1, b1, ln_eps)
+        h, _, _ = _hidden(x, shift, scale, dw, db, w1, b1, ln_eps, False)
     narrow_x = x.to(w1.dtype)
     s = scale_of(norm, wide_gamma, grn_eps)
     gate = gate.contiguous()

@@ -1,61 +1,30 @@
 """1x1 convolutions as the library's matrix products on channels_last rows, and their gradients.
 
-Not ops of their own: the ops are made of these. On a GPU they are cuBLAS'; on the CPU oneDNN's where torch has it,
-which at the shapes of these models takes some 0.8 of the time of the BLAS that ``F.linear`` calls in float32.
+Not ops of their own: the ops are made of these.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dico_kernels._linear import from_rows, linear, onednn_multiplies, packed, rows
+from dico_kernels.ops import _checks as check
 from dico_kernels.ops._backends import optional, select
 
 
-def rows(x: Tensor) -> Tensor:
-    """(N, C, H, W) in channels_last memory as its (N*H*W, C) matrix, without a copy."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-
-
-def from_rows(matrix: Tensor, like: Tensor) -> Tensor:
-    """A fresh (N*H*W, K) matrix as the (N, K, H, W) channels_last image it is in memory.
-
-    Not as a view: an op may return it, and of an output that is a view autograd allows no change in place.
-    """
-    n, _, h, w = like.shape
-    k = matrix.shape[1]
-    image = matrix.new_empty(0)
-    image.set_(matrix.untyped_storage(), matrix.storage_offset(), (n, k, h, w), (h * w * k, 1, w * k, k))
-    return image
-
-
-@functools.cache
-def _onednn(dtype: torch.dtype) -> bool:
-    """Whether this torch's oneDNN multiplies matrices of a dtype: asked once, by doing it."""
-    if dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return False
-    try:
-        one = torch.ones(1, 1, dtype=dtype)
-        return float(torch.ops.mkldnn._linear_pointwise(one, one, None, "none", [], "")) == 1
-    except (AttributeError, RuntimeError):
-        return False
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias; x (M, C) rows, weight (K, C) in any strides, bias (K,)."""
-    if x.device.type == "cpu" and torch.backends.mkldnn.enabled and _onednn(x.dtype):
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return y
-    return F.linear(x, weight, bias)
+def matrix(weight: Tensor, frozen: bool) -> Tensor:
+    """A 1x1 convolution's weight as linear takes it: packed, if it is and frozen says that it may be."""
+    kept = packed(weight) if frozen else None
+    return check.matrix(weight) if kept is None else kept
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """GELU, in its exact form, of linear: for inference, where what GELU is applied to need not be kept."""
-    if x.device.type == "cpu" and torch.backends.mkldnn.enabled and _onednn(x.dtype):
+    if onednn_multiplies(x):
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "none")
         return y
     return F.gelu(F.linear(x, weight, bias))
@@ -135,3 +104,6 @@ def _by_products(
         found.append(kernel(products, weight, own_gate, own_s, dweight))
     dgates, dscales = zip(*found, strict=True)
     return torch.cat(dgates), dweight, None if s is None else torch.cat(dscales)
+
+
+__all__ = ["from_rows", "gated_gradients", "input_gradient", "linear", "linear_gelu", "matrix", "rows"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support import rel_rms
 
 from dico_kernels import native
 from dico_kernels.dtypes import accumulation_dtype
@@ -122,3 +123,26 @@ def test_bad_arguments_are_named(image):
             call()
     with pytest.raises(RuntimeError, match="depthwise: the native kernel runs on cpu only"):
         native.depthwise(*(v.to("meta") for v in (x, weight, bias)), True)
+
+
+@pytest.mark.parametrize("gelu", [False, True], ids=["plain", "gelu"])
+@pytest.mark.parametrize("k", [3, 7])
+def test_with_sums(isa, shape, dtype, k, gelu, image):
+    """The sums are those of the rounded output, which is the same with them and without."""
+    x, (weight, bias) = image(shape, dtype), weights(shape[1], k, dtype)
+    y, sums = native.depthwise_sums(x, weight, bias, gelu)
+    assert torch.equal(y, native.depthwise(x, weight, bias, gelu))
+    assert sums.dtype == accumulation_dtype(dtype)
+    allowed = (1e-14 if dtype == torch.float64 else 3e-7) * float(y.double().abs().sum((2, 3)).norm())
+    assert float((sums - y.double().sum((2, 3))).norm()) <= allowed
+
+
+def test_long_sums_keep_their_digits(isa, image):
+    x, (weight, bias) = image((1, 8, 200, 200), torch.float32), weights(8, 3, torch.float32)
+    y, sums = native.depthwise_sums(x.abs(), weight.abs(), bias.abs(), True)
+    assert rel_rms(sums, y.double().sum((2, 3))) < 5e-7
+
+
+def test_sums_have_the_same_bits_on_any_number_of_threads(isa, image, same_bits):
+    x, (weight, bias) = image((2, 136, 11, 13), torch.bfloat16), weights(136, 3, torch.bfloat16)
+    same_bits(lambda: native.depthwise_sums(x, weight, bias, True))

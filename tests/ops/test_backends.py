@@ -24,8 +24,9 @@ def who_runs():
 
 
 @pytest.fixture(autouse=True)
-def _forget_warnings(monkeypatch):
+def _forget(monkeypatch):
     monkeypatch.setattr(_backends._SETTING, "warned", set())
+    monkeypatch.setattr(_backends._SETTING, "settled", {})
 
 
 def test_auto_is_native_on_a_cpu():

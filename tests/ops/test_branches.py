@@ -7,6 +7,7 @@ import pytest
 import torch
 from ops_cases import BRANCHES, CASES, backends, check_against_float64, device_of, outputs_and_gradients
 from support import rel_rms
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dico_kernels as dk
 from dico_kernels.ops._backends import BackendError
@@ -189,3 +190,30 @@ def _check_width(name, width, k, dtype):
     shapes = {"conv_half": ops_cases.conv_half, "ffn_half": ops_cases.ffn_half, "fcdm_block": ops_cases.fcdm_block}
     case = ops_cases.Case(name, CASES[name].roundings, lambda n, c, h, w: shapes[name](n, c, h, w, k))
     check_against_float64(case, case.arguments((1, width, 8, 8)), dtype, "cpu")
+
+
+class _Zeros(TorchDispatchMode):
+    """Collects the shapes of the tensors of zeros that are made."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function in (torch.ops.aten.zeros.default, torch.ops.aten.zeros_like.default):
+            self.shapes.append(tuple(result.shape))
+        return result
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_no_zeros_are_made_for_what_is_saved(name):
+    """Autograd would, as the gradients of outputs that nobody differentiates, each of an activation's size."""
+    case = CASES[name]
+    arguments = [a.float().requires_grad_() for a in case.arguments((2, 5, 4, 4))]
+    out = case.op(*arguments)
+    out = out if isinstance(out, tuple) else (out,)
+    grads = [torch.ones_like(o) for o in out]
+    with dk.backend("reference"), _Zeros() as made:
+        torch.autograd.backward(out, grads)
+    assert not [s for s in made.shapes if len(s) == 4], made.shapes

@@ -33,6 +33,7 @@ struct Kernels {
     Kernel<GeluArgs> gelu;
     Kernel<GeluBackwardArgs> gelu_backward;
     Kernel<GatedProductsArgs> gated_products;
+    Kernel<AttentionArgs> channel_attention;
 };
 
 // Names compiled in that this processor can run, best first.

@@ -107,6 +107,8 @@ struct DepthwiseArgs {
     const void* weight;  // (channels, k, k)
     const void* bias;    // or null
     void* y;
+    void* sums;     // (images, channels), sums of y, with partial; or null
+    void* partial;  // (images * blocks of rows, channels)
     void* scratch;
     int64_t images, height, width, channels;
     int64_t k;
@@ -182,6 +184,16 @@ struct GatedProductsArgs {
     int64_t samples, outputs, inputs;
     int64_t block_rows;
     int64_t gate_stride;
+};
+
+// attention = sigmoid(W mean + b), mean = sums / pixels; each (images, channels).
+struct AttentionArgs {
+    const void* sums;
+    const void* weight;  // (channels, channels)
+    const void* bias;    // or null
+    void* mean;
+    void* attention;
+    int64_t images, channels, pixels;
 };
 
 // rows: rows of small images, (rows, width, 4 * channels) in up; two rows of twice the width in skip and cat for

@@ -1,0 +1,100 @@
+"""The extension module ``dico_kernels._C``, built from csrc/: whether it is there, and how a kernel of it is called.
+
+torch is imported first, so that the extension binds to torch's OpenMP runtime and the two share one pool of threads.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dico_kernels._memory import DTYPES
+
+ISA_VARIABLE = "DICO_KERNELS_CPU_ISA"
+BUILD_HINT = "run `pip install -e .` in the clone (it needs a C++17 compiler) to build it"
+
+
+def _load() -> tuple[Any, str]:
+    """The extension module, or None and the reason."""
+    try:
+        module = importlib.import_module("dico_kernels._C")
+    except ImportError as error:
+        return None, f"dico_kernels._C cannot be imported ({error}); {BUILD_HINT}"
+    wanted = os.environ.get(ISA_VARIABLE)
+    if wanted:
+        try:
+            module.select_isa(wanted)
+        except ValueError as error:
+            raise ValueError(f"{ISA_VARIABLE}={wanted!r}: {error}") from None
+    return module, ""
+
+
+_C, why_unavailable = _load()
+
+
+def available() -> bool:
+    """Whether the extension is there; ``why_unavailable`` says why when it is not."""
+    return _C is not None
+
+
+def extension() -> Any:
+    """The extension module.
+
+    Raises:
+        ImportError: it was not built or cannot be loaded; the message says what to do.
+    """
+    if _C is None:
+        raise ImportError(why_unavailable)
+    return _C
+
+
+def with_cuda() -> bool:
+    """Whether the extension was built with CUDA kernels."""
+    return available() and bool(extension().build()["with_cuda"])
+
+
+def isas() -> list[str]:
+    """CPU instruction sets that were compiled in and run here, best first: of "v4", "v3", "base"."""
+    return list(extension().available_isas())
+
+
+@contextmanager
+def isa(name: str) -> Iterator[None]:
+    """Within the context, CPU kernels run as compiled for one instruction set.
+
+    Raises:
+        ValueError: a name that is not in isas().
+    """
+    module = extension()
+    before = module.selected_isa()
+    module.select_isa(name)
+    try:
+        yield
+    finally:
+        module.select_isa(before)
+
+
+def build() -> dict[str, Any]:
+    """What the extension says of its own build: version, compiler, openmp, cuda, with_cuda."""
+    return dict(extension().build())
+
+
+def call(kernel: str, x: Tensor, *args: Tensor | float | None, dtype: torch.dtype | None = None) -> None:
+    """Run a kernel of the extension in x's dtype, or another; tensors go as pointers, None as a null one.
+
+    Raises:
+        RuntimeError: x is not on the CPU, naming the kernel.
+        ImportError: the extension was not built.
+    """
+    if _C is None:
+        raise ImportError(why_unavailable)
+    if not x.is_cpu:
+        raise RuntimeError(f"{kernel}: the native kernel runs on cpu only, and the input is on {x.device}")
+    values = [v if isinstance(v, (int, float)) else 0 if v is None else v.data_ptr() for v in args]
+    getattr(_C, kernel)(DTYPES[dtype or x.dtype], torch.get_num_threads(), *values)
