@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +14,7 @@ from dico_kernels.reference.dico import DiCoBlock
 from dico_kernels.reference.fcdm import FCDMBlock
 from dico_kernels.reference.weights import fill_
 
-from .contenders import DTYPES, compiled, precision, timed
+from .contenders import DTYPES, compiled, frozen, precision, timed
 from .harness import Contender, relative_error
 from .presets import OpArena
 
@@ -27,18 +25,6 @@ def _block(op: str, channels: int) -> nn.Module:
     block = DiCoBlock(channels, 2) if op == "dico_block" else FCDMBlock(channels)
     fill_(block)
     return block.eval()
-
-
-@contextmanager
-def _frozen(freeze: bool) -> Iterator[None]:
-    """Inductor may fold and repack weights: what a user who only samples would ask for."""
-    from torch._inductor import config
-
-    before, config.freezing = config.freezing, freeze
-    try:
-        yield
-    finally:
-        config.freezing = before
 
 
 def block_contender(arena: OpArena, op: str, how: str, device: torch.device) -> Contender:
@@ -52,15 +38,17 @@ def block_contender(arena: OpArena, op: str, how: str, device: torch.device) -> 
     x = exact[0].to(device, dtype, memory_format=layout).requires_grad_(arena.backward)
     c = exact[1].to(device, dtype).requires_grad_(arena.backward)
     dy = torch.randn(shape, generator=generator).to(device, dtype, memory_format=layout)
-    if how == "fused":
+    if how in ("fused", "packed"):
         dk.fuse(block)
+    if how == "packed":
+        dk.pack(block)
     block.requires_grad_(arena.backward)
     parameters = list(block.parameters())
     forward = compiled(block, device) if how == "compile" else block
 
     def run(i: int) -> Tensor:
         del i
-        with precision(arena.dtype), _frozen(how == "compile" and not arena.backward):
+        with precision(arena.dtype), frozen(how == "compile" and not arena.backward):
             if not arena.backward:
                 with torch.no_grad():
                     out: Tensor = forward(x, c)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dico_kernels import GraphRunner, create_model, fuse
+from dico_kernels import GraphRunner, create_model, fuse, pack
 from dico_kernels.reference import functional as reference
 from dico_kernels.reference.base import Denoiser
 from dico_kernels.reference.dico import DiCoBlock
@@ -127,18 +127,31 @@ def timed(call: Callable[[], object], device: torch.device) -> float:
 
 
 def compiled(fn: Any, device: torch.device, default: bool = False) -> Any:
-    """torch.compile at its best on a device, or, where asked for, in its default mode."""
+    """torch.compile at its best on a device, or, where asked for, in its default mode; see ``frozen``."""
     # max-autotune tries many GEMM tilings and uses CUDA graphs; Inductor's CPU code has nothing like it to try.
     # Caches on disk are left out, or a second run would report the time of reading them as compile time.
     torch.compiler.config.force_disable_caches = True
     return torch.compile(fn) if default or device.type == "cpu" else torch.compile(fn, mode="max-autotune")
 
 
+@contextmanager
+def frozen(freeze: bool) -> Iterator[None]:
+    """Inductor may fold and repack weights: what a user who only samples would ask for."""
+    from torch._inductor import config
+
+    before, config.freezing = config.freezing, freeze
+    try:
+        yield
+    finally:
+        config.freezing = before
+
+
 def model_contender(arena: ModelArena, name: str, how: str, device: torch.device) -> Contender:
     """A model of an arena, ready to run one inference call or training step.
 
     ``how``: eager, channels_last, fused (dico_kernels.fuse), each of them with ``_graph`` (a GraphRunner's CUDA graph);
-    compile (max-autotune on a GPU), compile_default, compile_linear, compile_flash, compile_cudnn.
+    packed (fused, and dico_kernels.pack); compile (max-autotune on a GPU, weights frozen on a CPU), compile_default,
+    compile_linear, compile_flash, compile_cudnn.
     """
     graphed, how = how.endswith("_graph"), how.removesuffix("_graph")
     source = _filled(name, arena.resolution // 8)
@@ -150,9 +163,11 @@ def model_contender(arena: ModelArena, name: str, how: str, device: torch.device
         model = with_linear_pointwise(model)
     elif how in _SDPA:
         model = with_pinned_attention(model, _SDPA[how])
-    elif how == "fused":
+    elif how in ("fused", "packed"):
         model = fuse(model)
     model = model.to(dtype=weights).to(memory_format=layout).train(training)  # type: ignore[call-overload]
+    if how == "packed":
+        pack(model)
     one = arena.batch * source.in_channels * (arena.resolution // 8) ** 2 * 4
     sets = [
         tuple(
@@ -163,7 +178,8 @@ def model_contender(arena: ModelArena, name: str, how: str, device: torch.device
     ]
     forward: Any = compiled(model, device, how == "compile_default") if how.startswith("compile") else model
     runner = forward = GraphRunner(model) if graphed else forward
-    guards = functools.partial(_guards, arena.dtype, training, device)
+    freeze = how == "compile" and device.type == "cpu" and not training
+    guards = functools.partial(_guards, arena.dtype, training, device, freeze)
     step = _training_step(forward, model, source.out_channels, guards) if training else None
 
     def run(i: int) -> Tensor:
@@ -193,10 +209,11 @@ def model_contender(arena: ModelArena, name: str, how: str, device: torch.device
 
 
 @contextmanager
-def _guards(dtype: str, training: bool, device: torch.device) -> Iterator[None]:
+def _guards(dtype: str, training: bool, device: torch.device, freeze: bool) -> Iterator[None]:
     """The flags and contexts that a contender's calls run under."""
     with ExitStack() as stack:
         stack.enter_context(precision(dtype))
+        stack.enter_context(frozen(freeze))
         if training and dtype == "bf16":
             stack.enter_context(torch.autocast(device.type, torch.bfloat16))
         yield

@@ -56,6 +56,8 @@ class ModelArena:
         for model in {**SCALES, **ALONE}[self.scale]:
             dit, training = model.startswith("DiT"), self.mode == "training"
             contenders = ["eager"] if dit else ["eager", "channels_last", "fused"]
+            if not (gpu or training or dit):
+                contenders.append("packed")
             if training and gpu and not dit:
                 contenders.remove("eager")  # each keeps weights and optimiser state: all at once must fit the card
             if self.compiled:
@@ -125,6 +127,8 @@ class OpArena:
         """(op, contender) of everything that takes part."""
         block = self.op in BLOCKS
         contenders = ["eager", "channels_last", "fused" if block else "triton" if gpu else "native"]
+        if block and not (gpu or self.backward):
+            contenders.append("packed")
         for contender in [*contenders, *(["compile"] if self.compiled else [])]:
             yield self.op, contender
 

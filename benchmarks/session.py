@@ -101,6 +101,8 @@ class Session:
             ("ops", "vs_eager", lambda row: row["contender"] in report.UNFUSED),
         ):
             add_ratios(self.rows[rows], over, against)
+        plain = [row for row in self.rows["models"] if not row["model"].startswith("DiT")]
+        add_ratios(plain, "vs_plain", lambda row: row["contender"] in report.UNFUSED, ("arena", "model"))
         return {
             "schema": report.SCHEMA,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -141,12 +143,16 @@ def row_of(
     return row
 
 
-def add_ratios(rows: list[report.Row], over: str, against: Callable[[report.Row], bool]) -> None:
-    """Speed over the fastest of some rows of the same arena, where it has any."""
-    fastest: dict[str, float] = {}
+def add_ratios(
+    rows: list[report.Row], over: str, against: Callable[[report.Row], bool], same: tuple[str, ...] = ("arena",)
+) -> None:
+    """Speed over the fastest of some of the rows that have the same arena, or more in common; where there are any."""
+    fastest: dict[tuple[str, ...], float] = {}
     for row in filter(against, rows):
         if row["median_s"] is not None:
-            fastest[row["arena"]] = min(row["median_s"], fastest.get(row["arena"], float("inf")))
+            group = tuple(row[name] for name in same)
+            fastest[group] = min(row["median_s"], fastest.get(group, float("inf")))
     for row in rows:
-        if row["arena"] in fastest and row["median_s"] is not None:
-            row[over] = fastest[row["arena"]] / row["median_s"]
+        group = tuple(row[name] for name in same)
+        if group in fastest and row["median_s"] is not None:
+            row[over] = fastest[group] / row["median_s"]

@@ -37,10 +37,14 @@ def test_a_run_prints_its_tables_and_writes_them(measured):
         ("DiCo-S", "eager"),
         ("DiCo-S", "channels_last"),
         ("DiCo-S", "fused"),
+        ("DiCo-S", "packed"),
         ("DiT-S/2", "eager"),
     }  # -k narrows
     dit = rows["DiT-S/2", "eager"]
     assert dit["vs_dit"] == 1
+    plain = max(rows["DiCo-S", how]["img_s"] for how in ("eager", "channels_last"))
+    assert rows["DiCo-S", "packed"]["vs_plain"] == pytest.approx(rows["DiCo-S", "packed"]["img_s"] / plain)
+    assert "vs_plain" not in dit
     for row in result["models"]:
         assert row["vs_dit"] == pytest.approx(row["img_s"] / dit["img_s"])
         assert 1e-8 < row["error"] < 1e-5
