@@ -41,25 +41,22 @@ template <int R, class S, class T>
 DICO_INLINE void modulate_rows(const S* x, const T* shift, const T* scale, T* y, int64_t channels,
                                const Statistics<acc_t<T>, R>& of) {
     using A = acc_t<T>;
-    each_vector<T>(channels, [&](int64_t c, auto lanes) {
-        const vec_t<T> by = vload(scale + c, lanes) + A(1), plus = vload(shift + c, lanes);
-        for (int r = 0; r < R; ++r) {
+    for (int r = 0; r < R; ++r)
+        each_vector<T>(channels, [&](int64_t c, auto lanes) {
+            const vec_t<T> by = vload(scale + c, lanes) + A(1), plus = vload(shift + c, lanes);
             const vec_t<T> centred = vload(x + r * channels + c, lanes) - of.mean[r];
             const vec_t<T> normalised = centred * of.rstd[r] + of.offset[r];
             vstore(y + r * channels + c, normalised * by + plus, lanes);
-        }
-    });
+        });
 }
 
 template <int R, class S, class T>
 DICO_INLINE void gate_rows(const S* x, const T* branch, const T* gate, S* y, int64_t channels) {
-    each_vector<T>(channels, [&](int64_t c, auto lanes) {
-        const vec_t<T> g = vload(gate + c, lanes);
-        for (int r = 0; r < R; ++r) {
+    for (int r = 0; r < R; ++r)
+        each_vector<T>(channels, [&](int64_t c, auto lanes) {
             const int64_t at = r * channels + c;
-            vstore(y + at, vload(x + at, lanes) + g * vload(branch + at, lanes), lanes);
-        }
-    });
+            vstore(y + at, vload(x + at, lanes) + vload(gate + c, lanes) * vload(branch + at, lanes), lanes);
+        });
 }
 
 template <class S, class T>
@@ -88,9 +85,9 @@ static void gated_residual_typed(const GatedArgs& a, int threads) {
     S* y = static_cast<S*>(a.y);
     each_block(a, threads, [=](int64_t image, int64_t first, int64_t end, int64_t) {
         const T* gate = static_cast<const T*>(a.gate) + image * a.gate_stride;
-        each_group(image * a.rows + first, image * a.rows + end, [&](int64_t row, auto group) {
+        each_row(image * a.rows + first, image * a.rows + end, [&](int64_t row, auto one) {
             const int64_t at = row * a.channels;
-            gate_rows<decltype(group)::value>(x + at, branch + at, gate, y + at, a.channels);
+            gate_rows<decltype(one)::value>(x + at, branch + at, gate, y + at, a.channels);
         });
     });
 }
@@ -130,7 +127,7 @@ static void gated_residual_backward_typed(const GatedBackwardArgs& a, int thread
         const T* gate = static_cast<const T*>(a.gate) + image * a.gate_stride;
         A* dgate = partial + block * a.channels;
         for (int64_t c = 0; c < a.channels; ++c) dgate[c] = 0;
-        each_group(image * a.rows + first, image * a.rows + end, [&](int64_t row, auto group) {
+        each_row(image * a.rows + first, image * a.rows + end, [&](int64_t row, auto group) {
             each_vector<T>(a.channels, [&](int64_t c, auto lanes) {
                 const vec_t<T> g = vload(gate + c, lanes);
                 vec_t<T> sum = {};
@@ -160,7 +157,7 @@ static void gate_gradient_typed(const GateGradientArgs& a, int threads) {
         const T* gate = static_cast<const T*>(a.gate) + image * a.gate_stride;
         A* sums = partial + block * a.channels;
         for (int64_t c = 0; c < a.channels; ++c) sums[c] = 0;
-        each_group(image * a.rows + first, image * a.rows + end, [&](int64_t row, auto group) {
+        each_row(image * a.rows + first, image * a.rows + end, [&](int64_t row, auto group) {
             each_vector<T>(a.channels, [&](int64_t c, auto lanes) {
                 const vec_t<T> g = vload(gate + c, lanes);
                 vec_t<T> sum = {};
@@ -231,27 +228,23 @@ static void adaln_backward_typed(const AdalnBackwardArgs& a, int threads) {
                 g_mean[r] = sum_of(g_sum[r]) / static_cast<A>(a.channels);
                 gx_mean[r] = sum_of(gx_sum[r]) / static_cast<A>(a.channels);
             }
-            each_vector<T>(a.channels, [&](int64_t c, auto lanes) {
-                const V by = vload(scale + c, lanes) + A(1);
-                V to_gate = {}, plus = {};
-                if constexpr (Residual) plus = vload(shift + c, lanes);
-                for (int r = 0; r < R; ++r) {
+            for (int r = 0; r < R; ++r)
+                each_vector<T>(a.channels, [&](int64_t c, auto lanes) {
+                    const V by = vload(scale + c, lanes) + A(1);
                     const int64_t at = (row + r) * a.channels + c;
                     const V xhat = (vload(x + at, lanes) - mean[r]) * rstd[r];
                     V d = (vload(dh + at, lanes) * by - g_mean[r] - xhat * gx_mean[r]) * rstd[r];
                     if constexpr (Gated) {
                         d += vload(dy + at, lanes);
-                        to_gate += d * vload(branch + at, lanes);
+                        vstore(dgate + c, vload(dgate + c, lanes) + d * vload(branch + at, lanes), lanes);
                         vstore(dbranch + at, d * vload(gate + c, lanes), lanes);
                     }
                     if constexpr (Residual) {
                         if (dy) d += vload(dy + at, lanes);
-                        vstore(h + at, xhat * by + plus, lanes);
+                        vstore(h + at, xhat * by + vload(shift + c, lanes), lanes);
                     }
                     vstore(dx + at, d, lanes);
-                }
-                if constexpr (Gated) vstore(dgate + c, vload(dgate + c, lanes) + to_gate, lanes);
-            });
+                });
         });
     });
     const int64_t stride = kSums * a.channels;

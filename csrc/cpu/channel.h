@@ -45,17 +45,13 @@ static void channel_affine_typed(const ChannelAffineArgs& a, int threads) {
         const A* s = static_cast<const A*>(a.s) + image * a.s_stride;
         const A* r = static_cast<const A*>(a.r) + image * a.r_stride;
         const A* shift = a.shift ? static_cast<const A*>(a.shift) + image * a.shift_stride : nullptr;
-        each_group(image * a.rows + first, image * a.rows + end, [&](int64_t row, auto group) {
+        each_row(image * a.rows + first, image * a.rows + end, [&](int64_t row, auto) {
             each_vector<T>(a.channels, [&](int64_t c, auto lanes) {
-                const vec_t<T> by = vload(s + c, lanes), plus = shift ? vload(shift + c, lanes) : vec_t<T>{};
-                vec_t<T> by_second = {};
-                if constexpr (Second) by_second = vload(r + c, lanes);
-                for (int i = 0; i < decltype(group)::value; ++i) {
-                    const int64_t at = (row + i) * a.channels + c;
-                    vec_t<T> value = vload(x + at, lanes) * by + plus;
-                    if constexpr (Second) value += vload(z + at, lanes) * by_second;
-                    vstore(y + at, value, lanes);
-                }
+                const int64_t at = row * a.channels + c;
+                vec_t<T> value = vload(x + at, lanes) * vload(s + c, lanes);
+                if (shift) value += vload(shift + c, lanes);
+                if constexpr (Second) value += vload(z + at, lanes) * vload(r + c, lanes);
+                vstore(y + at, value, lanes);
             });
         });
     });

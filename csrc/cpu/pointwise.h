@@ -78,7 +78,7 @@ static void gelu_typed(const GeluArgs& a, int threads) {
         A* squares = partial + block * a.channels;
         if constexpr (Squares)
             for (int64_t c = 0; c < a.channels; ++c) squares[c] = 0;
-        each_group(image * a.rows + first, image * a.rows + end, [&](int64_t row, auto group) {
+        each_row(image * a.rows + first, image * a.rows + end, [&](int64_t row, auto group) {
             each_vector<T>(a.channels, [&](int64_t c, auto lanes) {
                 vec_t<T> sum = {};
                 for (int i = 0; i < decltype(group)::value; ++i) {
@@ -111,7 +111,7 @@ static void gelu_backward_typed(const GeluBackwardArgs& a, int threads) {
         const A* r = static_cast<const A*>(a.r) + (Affine ? image * a.channels : 0);
         A* sums = partial + block * a.channels;
         for (int64_t c = 0; c < a.channels; ++c) sums[c] = 0;
-        each_group(image * a.rows + first, image * a.rows + end, [&](int64_t row, auto group) {
+        each_row(image * a.rows + first, image * a.rows + end, [&](int64_t row, auto group) {
             each_vector<T>(a.channels, [&](int64_t c, auto lanes) {
                 V sum = {}, by = {}, through = {};
                 if constexpr (Affine) by = vload(s + c, lanes), through = vload(r + c, lanes);

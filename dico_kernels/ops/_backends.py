@@ -118,6 +118,10 @@ def _checked_products(name: str, source: str) -> str:
     return name
 
 
+# What select found for an entry and a device, as long as the choice stands.
+Settled = dict[tuple[str, str], Callable[..., Any]]
+
+
 class _Setting:
     """The process's choice. Not a thread's: autograd runs backward passes on threads of its own."""
 
@@ -127,12 +131,13 @@ class _Setting:
         self.products = _checked_products(os.environ.get(PRODUCTS_VARIABLE) or "auto", PRODUCTS_VARIABLE)
         self.record: Callable[[Choice], None] | None = None
         self.warned: set[tuple[str, str, str]] = set()
-        self.settled: dict[tuple[str, str], Callable[..., Any]] = {}  # what select found, by entry and device
+        self.tables: dict[tuple[str, bool, str], Settled] = {}
+        self.choose(self.name, self.strict, self.products)
 
-    def choose(self, name: str, strict: bool, products: str) -> None:
-        """Take another choice."""
-        self.name, self.strict, self.products = name, strict, products
-        self.settled = {}
+    def choose(self, *choice: Any) -> None:
+        """Take another (name, strict, products)."""
+        self.name, self.strict, self.products = choice
+        self.settled = self.tables.setdefault(choice, {})
 
 
 _SETTING = _Setting()

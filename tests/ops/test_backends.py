@@ -26,6 +26,7 @@ def who_runs():
 @pytest.fixture(autouse=True)
 def _forget(monkeypatch):
     monkeypatch.setattr(_backends._SETTING, "warned", set())
+    monkeypatch.setattr(_backends._SETTING, "tables", {})
     monkeypatch.setattr(_backends._SETTING, "settled", {})
 
 
