@@ -36,8 +36,9 @@ def input_gradient(dy: Tensor, weight: Tensor) -> Tensor:
 
 
 # Pixels an image from which forming the per-sample products is cheaper than forming W x anew: below, they are more
-# memory traffic (some 10 bytes an element of W and sample) than the product is arithmetic. Of AVX-512 cores.
-_PRODUCTS_FROM = 96
+# memory traffic (some 10 bytes an element of W and sample) than the product is arithmetic. Of AVX-512 cores, at 512 to
+# 1024 channels: 1.9 against 2.9 ms in float32, 0.9 against 1.3 in bfloat16; at 16 pixels they draw.
+_PRODUCTS_FROM = 64
 # Bytes of the products of a chunk of samples, which exist at a time.
 _CHUNK_BYTES = 1 << 26
 

@@ -23,7 +23,7 @@ def case(request):
 @pytest.mark.parametrize("name", [b for b in backends() if b != "triton"])  # Triton's backend has one way only
 @pytest.mark.usefixtures("poisoned")
 def test_images_large_enough_for_per_sample_products(case, name, dtype):
-    """From 96 pixels on the gate's gradient takes another way."""
+    """From 64 pixels on the gate's gradient takes another way."""
     with dk.backend(name, strict=True):
         check_against_float64(case, case.arguments((2, 9, 12, 9)), dtype, device_of(name))
 
