@@ -7,14 +7,10 @@ time of the BLAS that ``F.linear`` calls in float32.
 from __future__ import annotations
 
 import functools
-from collections.abc import MutableMapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
-from torch.utils.weak import WeakIdKeyDictionary
 
 
 def rows(x: Tensor) -> Tensor:
@@ -57,45 +53,3 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return y
     return F.linear(x, weight, bias)
-
-
-@dataclass(frozen=True)
-class _Packed:
-    """A weight as oneDNN blocks it, and which state of the weight that was."""
-
-    matrix: Tensor
-    version: int
-    pointer: int
-    storage: StorageWeakRef  # while it is held, no other storage has its address: another's memory may have had
-
-
-_PACKED: MutableMapping[Tensor, _Packed] = WeakIdKeyDictionary()
-
-
-def pack(weight: Tensor) -> bool:
-    """Keep a 1x1 convolution's weight, (K, C, 1, 1), as oneDNN wants it, for as long as the weight lives.
-
-    Returns:
-        Whether that was possible: a plain float32 or bfloat16 tensor on a CPU whose torch has oneDNN.
-    """
-    if not onednn_multiplies(weight) or weight.is_inference() or type(weight) not in (Tensor, torch.nn.Parameter):
-        return False
-    with torch.no_grad():
-        matrix = torch.ops.mkldnn._reorder_linear_weight(weight.detach().flatten(1).contiguous())
-    storage = StorageWeakRef(weight.untyped_storage())  # type: ignore[no-untyped-call]
-    _PACKED[weight] = _Packed(matrix, weight._version, weight.data_ptr(), storage)
-    return True
-
-
-def unpack(weight: Tensor) -> None:
-    """Forget what pack kept."""
-    _PACKED.pop(weight, None)
-
-
-def packed(weight: Tensor) -> Tensor | None:
-    """What pack kept of a weight that has not changed since, to be given to linear in its stead; else None."""
-    kept = _PACKED.get(weight) if _PACKED else None
-    if kept is None or not torch.backends.mkldnn.enabled or kept.matrix.dtype != weight.dtype:
-        return None
-    now = weight._version, weight.data_ptr(), weight.untyped_storage()._cdata
-    return kept.matrix if now == (kept.version, kept.pointer, kept.storage.cdata) else None

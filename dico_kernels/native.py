@@ -20,6 +20,7 @@ from dico_kernels._extension import why_unavailable as why_unavailable
 from dico_kernels._extension import with_cuda as with_cuda
 from dico_kernels._linear import from_rows, linear, rows
 from dico_kernels._memory import DTYPES, dense, image, kind, like, reduced, row_blocks, vector, wide_stream
+from dico_kernels._packed import packed
 from dico_kernels.dtypes import accumulation_dtype
 
 # ---- adaLN and the gated residual: csrc/cpu/adaln.h ----
@@ -361,11 +362,11 @@ def pixel_shuffle_skip(up: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | 
     k, wide = matrix.shape
     if bias is not None:
         dense("bias", bias, (k,), up.dtype, up.device)
-    out: Tensor | None = None
+    out, kept = None, packed(weight)
     for part, pixels, cat in _shuffle_chunks(small, wide):
         sizes = (part.stop - part.start, small.shape[1], small.shape[2] // 4, large.shape[2])
         call("shuffle_gather", up, small[part], large[part], cat, *sizes)
-        product = linear(cat, matrix, bias)
+        product = linear(cat, matrix if kept is None else kept, bias)
         if part.stop - part.start == small.shape[0]:
             return from_rows(product, skip)
         if out is None:

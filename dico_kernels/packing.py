@@ -1,40 +1,117 @@
-"""pack and unpack: weights of fused blocks as oneDNN blocks them, for sampling on a CPU.
+"""pack and unpack: weights in oneDNN's own layouts, for sampling on a CPU.
 
-Given a plain weight, oneDNN deals with its layout in every product: 5 to 20% of the time at the shapes of these models.
+Given a plain weight, oneDNN deals with its layout in every call: 5 to 20% of a product's time at the shapes of these
+models, half of a dense convolution's of one image, and most of a conditioning head's.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-from dico_kernels import _linear
+from dico_kernels._linear import linear
+from dico_kernels._packed import forget, keep, packed
 from dico_kernels.nn._fused import Fused
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def _weights(model: nn.Module) -> Iterator[Tensor]:
-    """The weights that fused blocks multiply by."""
-    for module in model.modules():
-        if isinstance(module, Fused) and module.why_unfused() is None:
-            yield from (module.get_submodule(name).get_parameter("weight") for name in module.fused_products)
+def _usable(x: Any, weight: Tensor) -> Tensor | None:
+    """The packed weight, where a call may use it: without gradients, and not where others look on."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor:
+        return None
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return None
+    if not x.is_cpu or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
+        return None
+    return packed(weight)
+
+
+class PackedConv2d(nn.Conv2d):
+    """An nn.Conv2d that pack() found: on its packed weight where that is valid and no gradient is wanted."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, K, H', W')."""
+        kept = _usable(x, self.weight) if x.ndim == 4 and x.numel() else None
+        if kept is None:
+            return super().forward(x)
+        how = (self.padding, self.stride, self.dilation, self.groups)
+        y: Tensor = torch.ops.mkldnn._convolution_pointwise(x, kept, self.bias, *how, "none", [], "")
+        return y
+
+
+class PackedLinear(nn.Linear):
+    """An nn.Linear that pack() found: on its packed weight where that is valid and no gradient is wanted."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., K)."""
+        kept = _usable(x, self.weight) if x.numel() else None
+        return super().forward(x) if kept is None else linear(x, kept, self.bias)
+
+
+_PLAIN: dict[type[nn.Module], type[nn.Module]] = {PackedConv2d: nn.Conv2d, PackedLinear: nn.Linear}
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    reordered: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.flatten(1).contiguous())
+    return reordered
+
+
+def _pack_layer(layer: nn.Module) -> bool:
+    """Pack a layer whose forward is called."""
+    form: type[nn.Module]
+    if isinstance(layer, nn.Linear) and type(layer) in (nn.Linear, PackedLinear):
+        done, form = keep(layer.weight, _matrix), PackedLinear
+    elif isinstance(layer, nn.Conv2d) and type(layer) in (nn.Conv2d, PackedConv2d):
+        if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+            return False
+        how = (layer.padding, layer.stride, layer.dilation, layer.groups)
+        done = keep(layer.weight, lambda w: torch.ops.mkldnn._reorder_convolution_weight(w, *how))
+        form = PackedConv2d
+    else:
+        return False
+    if done:
+        layer.__class__ = form
+    return done
+
+
+def _pack_all(module: nn.Module, seen: set[int]) -> Iterator[bool]:
+    """Pack a module and what is in it; for each weight whether it was."""
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    skipped: set[str] = set()
+    if isinstance(module, Fused) and module.why_unfused() is None:
+        skipped = {*(path[0] for path, *_ in module.fused_layout), *module.fused_products}
+        for name in module.fused_products:
+            layer = module._modules.get(name)
+            if type(layer) is nn.Conv2d and layer.kernel_size == (1, 1):
+                yield keep(layer.weight, _matrix)
+    yield _pack_layer(module)
+    for name, child in module._modules.items():
+        if child is not None and name not in skipped:
+            yield from _pack_all(child, seen)
 
 
 def pack(model: Model) -> Model:
-    """Keep the weights of fused 1x1 convolutions in oneDNN's own layout too, for inference on a CPU.
+    """Keep the weights of fused 1x1 convolutions, other convolutions and linear layers packed for CPU inference too.
 
-    Costs the memory of these weights once more. Forward passes without gradients use the packed weights; everything
-    else, training, ``state_dict`` and copies of the model among it, sees the originals, which stay as they are. A
-    weight that was changed or moved since is used unpacked, until packed anew. What PyTorch does not count as a change,
-    writing through ``.data`` or from outside PyTorch, needs another call of pack.
+    Costs the memory of these weights once more. Forward passes without gradients use the packed weights; gradients,
+    optimisers, ``state_dict`` and copies of the model see the originals, which stay as they are. A weight that was
+    changed or moved since is used unpacked, until packed anew. What PyTorch does not count as a change, writing through
+    ``.data`` or from outside PyTorch, needs another call of pack.
+
+    Layers that are exactly nn.Conv2d or nn.Linear become PackedConv2d or PackedLinear, in place, until unpack. Call
+    fuse before pack.
 
     Args:
-        model: a fused model, or one built from ``dico_kernels.nn``; float32 or bfloat16. On other devices than the
-            CPU there is nothing to pack.
+        model: any module, best a fused one; float32 or bfloat16. On other devices than the CPU there is nothing to
+            pack.
 
     Returns:
         The model itself.
@@ -42,10 +119,10 @@ def pack(model: Model) -> Model:
     Warns:
         RuntimeWarning: nothing could be packed.
     """
-    if not sum([_linear.pack(weight) for weight in _weights(model)]):
+    if not sum(_pack_all(model, set())):
         warnings.warn(
-            "nothing was packed: expected fused blocks (call dico_kernels.fuse before) with float32 or bfloat16 "
-            "weights on a CPU, in a torch with oneDNN",
+            "nothing was packed: expected convolutions or linear layers with float32 or bfloat16 weights on a CPU, in "
+            "a torch with oneDNN",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -53,14 +130,17 @@ def pack(model: Model) -> Model:
 
 
 def unpack(model: Model) -> Model:
-    """Forget the packed weights of a model and free their memory.
+    """Undo pack: forget the packed weights of a model, free their memory, and give its layers their own class.
 
     Returns:
         The model itself.
     """
-    for parameter in model.parameters():
-        _linear.unpack(parameter)
+    for module in model.modules():
+        module.__class__ = _PLAIN.get(type(module), type(module))
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                forget(parameter)
     return model
 
 
-__all__ = ["pack", "unpack"]
+__all__ = ["PackedConv2d", "PackedLinear", "pack", "unpack"]

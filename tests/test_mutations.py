@@ -218,7 +218,7 @@ BUGS |= {
     }.items()
 }
 BUGS["packed though changed"] = (
-    "_linear.py",
+    "_packed.py",
     "now = weight._version, weight",
     "now = kept.version, weight",
     "tests/test_packing.py -k stale",

@@ -10,9 +10,11 @@ import pytest
 import torch
 from support import rel_rms
 from test_fuse import hard
+from torch import nn
+from torch.autograd import forward_ad
 
 import dico_kernels as dk
-from dico_kernels import _linear
+from dico_kernels import _packed, native, packing
 from dico_kernels.ops import pointwise
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs a torch with oneDNN")
@@ -26,11 +28,12 @@ def used(monkeypatch):
     found: list[bool] = []
 
     def spy(weight):
-        kept = _linear.packed(weight)
+        kept = _packed.packed(weight)
         found.append(kept is not None)
         return kept
 
-    monkeypatch.setattr(pointwise, "packed", spy)
+    for user in (pointwise, native, packing):
+        monkeypatch.setattr(user, "packed", spy)
 
     def run(call):
         found.clear()
@@ -52,24 +55,95 @@ def test_same_results(name, dtype, used):
     for context in (torch.no_grad, torch.inference_mode):
         dk.unpack(model)
         with context():
-            plain, packed, unpacked = used(lambda: model(*inputs))
+            plain, packed, products = used(lambda: model(*inputs))
             assert packed == 0
             assert dk.pack(model) is model
             again, packed, left = used(lambda: model(*inputs))
-        assert (packed, left) == (unpacked, 0)
+        layers = sum(isinstance(m, (packing.PackedConv2d, packing.PackedLinear)) for m in model.modules())
+        assert layers > 10
+        assert (packed, left) == (products + layers, 0)
         assert rel_rms(again, plain) <= (1e-6 if dtype == torch.float32 else 4e-3)
 
 
 def test_gradients_and_copies_see_the_originals(used):
     model, inputs = fused("DiCo")
+    twin = copy.deepcopy(model)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     dk.pack(model)
-    assert used(lambda: model(*inputs).sum().backward())[1:] == (0, 0)
+    for m in (model, twin):
+        m(*inputs).sum().backward()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert rel_rms(p.grad, q.grad) <= 1e-6 or float(q.grad.norm()) == 0
     assert list(model.state_dict()) == list(before)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    twin = copy.deepcopy(model)
     with torch.no_grad():
-        assert used(lambda: twin(*inputs))[1] == 0
+        assert used(lambda: copy.deepcopy(model)(*inputs))[1] == 0
+
+
+def test_layers_keep_their_names_and_get_their_class_back():
+    model, _ = fused("DiCo")
+    shown = repr(model)
+    classes = [type(m) for m in model.modules()]
+    dk.unpack(dk.pack(dk.pack(model)))
+    assert [type(m) for m in model.modules()] == classes
+    assert repr(model) == shown
+    assert all(v.fused for v in dk.explain(dk.pack(model)).modules)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(4, 6, 3, padding=1),
+        nn.Conv2d(4, 6, (3, 1), stride=2, bias=False),
+        nn.Conv2d(4, 8, 3, groups=2, dilation=2, padding=2),
+        nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"),
+        nn.Conv2d(4, 6, 3, padding="same"),
+        nn.Linear(5, 7),
+        nn.Linear(5, 7, bias=False),
+    ],
+    ids=str,
+)
+def test_any_layer(layer, used):
+    """Also one image without a batch, an empty batch, more than two dimensions, and other memory layouts."""
+    if isinstance(layer, nn.Linear):
+        inputs = [torch.randn(3, 5), torch.randn(5), torch.randn(2, 3, 5), torch.randn(0, 5), torch.randn(5, 4).t()]
+    else:
+        x = torch.randn(2, 4, 9, 8)
+        inputs = [x, x[0], x[:0], x.contiguous(memory_format=torch.channels_last), x[:, :, 1:, ::2]]
+    with torch.no_grad():
+        plain = [layer(x) for x in inputs]
+        packs = "reflect" not in str(layer) and "same" not in str(layer)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error" if packs else "ignore")
+            dk.pack(layer)
+        for x, y in zip(inputs, plain, strict=True):
+            result, packed, left = used(lambda: layer(x))  # noqa: B023
+            assert result.shape == y.shape
+            torch.testing.assert_close(result, y, rtol=1e-5, atol=1e-6)
+            assert left == 0
+            assert packed == (packs and x.numel() > 0 and not (x.ndim == 3 and isinstance(layer, nn.Conv2d)))
+
+
+def test_transforms_and_tangents_take_the_original(used):
+    layer = dk.pack(nn.Linear(5, 7))
+    x, v = torch.randn(3, 5), torch.randn(3, 5)
+    with torch.no_grad():
+        y, packed, _ = used(lambda: torch.func.vmap(layer)(x))
+        assert packed == 0
+        torch.testing.assert_close(y, layer(x))
+        _, tangent = torch.func.jvp(layer, (x,), (v,))
+        torch.testing.assert_close(tangent, v @ layer.weight.t())
+        with forward_ad.dual_level():
+            tangent = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, v))).tangent
+        torch.testing.assert_close(tangent, v @ layer.weight.t())
+
+
+def test_compiled_in_one_graph():
+    model, inputs = fused("DiCo")
+    dk.pack(model)
+    with torch.no_grad():
+        y = torch.compile(model, fullgraph=True, backend="aot_eager")(*inputs)
+        assert rel_rms(y, model(*inputs)) < 1e-6
 
 
 def _step(model):
@@ -129,24 +203,22 @@ def test_under_autocast_the_cast_weights_run(used):
 
 def test_memory_goes_with_the_model_and_with_unpack():
     gc.collect()
-    before = len(_linear._PACKED)
+    before = len(_packed._PACKED)
     model, _ = fused("DiCo")
     dk.pack(model)
-    assert len(_linear._PACKED) > before
+    assert len(_packed._PACKED) > before
     assert dk.unpack(model) is model
-    assert len(_linear._PACKED) == before
+    assert len(_packed._PACKED) == before
     dk.pack(model)
     del model
     gc.collect()
-    assert len(_linear._PACKED) == before
+    assert len(_packed._PACKED) == before
 
 
-@pytest.mark.parametrize("why", ["not fused", "float64", "meta"])
+@pytest.mark.parametrize("why", [{"dtype": torch.float64}, {"device": "meta"}], ids=str)
 def test_nothing_to_pack_is_said(why):
-    model, _ = hard("DiCo")
-    if why != "not fused":
-        model = dk.fuse(model).to(**({"dtype": torch.float64} if why == "float64" else {"device": "meta"}))
-    with pytest.warns(RuntimeWarning, match="nothing was packed: expected fused blocks"):
+    model = dk.fuse(hard("DiCo")[0]).to(**why)
+    with pytest.warns(RuntimeWarning, match="nothing was packed: expected convolutions or linear layers"):
         dk.pack(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

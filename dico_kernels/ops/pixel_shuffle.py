@@ -28,7 +28,7 @@ def _forward(up: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | None) -> T
     _check(up, skip, weight, bias)
     if up.shape[0] == 0:
         return check.empty_image(up, weight.shape[0], 2)
-    four = check.matrix(weight)[:, :, None, None]
+    four = weight.contiguous() if weight.ndim == 4 else check.matrix(weight)[:, :, None, None]
     y: Tensor = select("pixel_shuffle_skip", up)(
         check.channels_last(up), check.channels_last(skip), four, check.dense(bias)
     )

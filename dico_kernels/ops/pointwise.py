@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dico_kernels._linear import from_rows, linear, onednn_multiplies, packed, rows
+from dico_kernels._linear import from_rows, linear, onednn_multiplies, rows
+from dico_kernels._packed import packed
 from dico_kernels.ops import _checks as check
 from dico_kernels.ops._backends import optional, select
 
