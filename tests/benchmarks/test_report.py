@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -118,7 +119,8 @@ def test_committed_results_are_whole(path):
     json.dumps(result, allow_nan=False)
 
 
-def test_readme_shows_a_committed_result():
-    readme = (ROOT / "README.md").read_text()
-    shown = readme[readme.index(report.README_BEGIN) : readme.index(report.README_END) + len(report.README_END)]
-    assert shown in [report.readme_block(report.load(path)) for path in RESULTS]
+@pytest.mark.parametrize(("page", "tables"), [("README.md", 2), ("docs/performance.md", 2)])
+def test_pages_show_committed_results(page, tables):
+    shown = re.findall(f"{report.README_BEGIN}.*?{report.README_END}", (ROOT / page).read_text(), re.DOTALL)
+    assert len(shown) == tables
+    assert set(shown) <= {report.readme_block(report.load(path)) for path in RESULTS}
