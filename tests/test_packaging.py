@@ -18,15 +18,16 @@ from dico_kernels.fatbin import device_code
 
 # Imports run one way; a floor knows only the floors before it. (info and the first floor are read by all.)
 TOWER = [
-    {"version", "fatbin", "dtypes"},
-    {"_memory"},
+    {"version", "fatbin", "dtypes", "_linear"},
+    {"_memory", "_packed"},
+    {"_extension"},
     {"kernels", "native", "reference"},
     {"info"},
     {"ops"},
     {"nn"},
     {"_candidates"},
     {"_probe"},
-    {"fuse"},
+    {"fuse", "packing"},
     {"explain"},
     {"models", "checkpoints", "sampling", "training"},
     {"__init__"},
