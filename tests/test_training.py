@@ -65,6 +65,7 @@ def test_a_block_without_its_channel_attention_does_not(dtype, monkeypatch):
     """The test above would notice: the gate of one op set to a half."""
     from dico_kernels.ops import block
 
-    monkeypatch.setattr(block, "attention_of", lambda pooled, weight, bias: torch.full_like(pooled, 0.5))
+    half = lambda sums, pixels, weight, bias: (sums / pixels, torch.full_like(sums, 0.5))  # noqa: E731
+    monkeypatch.setattr(block, "attention_of", half)
     spread, fused = deviations("DiCo", dtype)
     assert fused > 10 * spread
