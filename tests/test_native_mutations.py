@@ -21,8 +21,8 @@ BUGS = {
     ),
     "the first sample's gate": (
         "adaln.h",
-        "static_cast<const T*>(a.gate) + image * a.gate_stride;\n        A* dgate",
-        "static_cast<const T*>(a.gate);\n        A* dgate",
+        "static_cast<const T*>(a.gate) + image * a.gate_stride;\n        A* sums",
+        "static_cast<const T*>(a.gate);\n        A* sums",
         "test_adaln.py::test_gated_residual",
     ),
     "attention's bias forgotten": (

@@ -85,9 +85,9 @@ static void gated_residual_typed(const GatedArgs& a, int threads) {
     S* y = static_cast<S*>(a.y);
     each_block(a, threads, [=](int64_t image, int64_t first, int64_t end, int64_t) {
         const T* gate = static_cast<const T*>(a.gate) + image * a.gate_stride;
-        each_row(image * a.rows + first, image * a.rows + end, [&](int64_t row, auto one) {
+        each_row(image * a.rows + first, image * a.rows + end, [&](int64_t row) {
             const int64_t at = row * a.channels;
-            gate_rows<decltype(one)::value>(x + at, branch + at, gate, y + at, a.channels);
+            gate_rows<1>(x + at, branch + at, gate, y + at, a.channels);
         });
     });
 }
@@ -116,63 +116,45 @@ static void gated_residual_adaln_typed(const GatedAdalnArgs& a, int threads) {
     });
 }
 
-template <class T>
-static void gated_residual_backward_typed(const GatedBackwardArgs& a, int threads) {
+// dbranch = gate * dy, and for each image and channel the sum over pixels of what term(at, dy there, lanes) makes.
+template <class S, class T, class Args, class Term>
+static void gate_backward(const Args& a, void* sums_of, int threads, Term term) {
     using A = acc_t<T>;
-    const T* dy = static_cast<const T*>(a.dy);
-    const T* branch = static_cast<const T*>(a.branch);
+    const S* dy = static_cast<const S*>(a.dy);
     T* dbranch = static_cast<T*>(a.dbranch);
     A* partial = static_cast<A*>(a.partial);
     each_block(a, threads, [=](int64_t image, int64_t first, int64_t end, int64_t block) {
         const T* gate = static_cast<const T*>(a.gate) + image * a.gate_stride;
-        A* dgate = partial + block * a.channels;
-        for (int64_t c = 0; c < a.channels; ++c) dgate[c] = 0;
-        each_row(image * a.rows + first, image * a.rows + end, [&](int64_t row, auto group) {
+        A* sums = partial + block * a.channels;
+        for (int64_t c = 0; c < a.channels; ++c) sums[c] = 0;
+        each_row(image * a.rows + first, image * a.rows + end, [&](int64_t row) {
             each_vector<T>(a.channels, [&](int64_t c, auto lanes) {
-                const vec_t<T> g = vload(gate + c, lanes);
-                vec_t<T> sum = {};
-                for (int r = 0; r < decltype(group)::value; ++r) {
-                    const int64_t at = (row + r) * a.channels + c;
-                    const vec_t<T> d = vload(dy + at, lanes);
-                    sum += d * vload(branch + at, lanes);
-                    vstore(dbranch + at, g * d, lanes);
-                }
-                vstore(dgate + c, vload(dgate + c, lanes) + sum, lanes);
+                const int64_t at = row * a.channels + c;
+                const vec_t<T> d = vload(dy + at, lanes);
+                vstore(sums + c, vload(sums + c, lanes) + term(at, d, lanes), lanes);
+                vstore(dbranch + at, vload(gate + c, lanes) * d, lanes);
             });
         });
     });
-    sum_blocks(partial, a.channels, static_cast<A*>(a.dgate), a, threads);
+    sum_blocks(partial, a.channels, static_cast<A*>(sums_of), a, threads);
+}
+
+template <class T>
+static void gated_residual_backward_typed(const GatedBackwardArgs& a, int threads) {
+    const T* branch = static_cast<const T*>(a.branch);
+    gate_backward<T, T>(a, a.dgate, threads,
+                        [=](int64_t at, vec_t<T> d, auto lanes) { return d * vload(branch + at, lanes); });
 }
 
 // The gradient dy of a gated residual's output as that of its branch, the sums of dy over pixels, and, where the
 // two types differ, dy in the branch's.
 template <class S, class T>
 static void gate_gradient_typed(const GateGradientArgs& a, int threads) {
-    using A = acc_t<T>;
-    const S* dy = static_cast<const S*>(a.dy);
-    T* dbranch = static_cast<T*>(a.dbranch);
-    T* narrow = static_cast<T*>(a.narrow);
-    A* partial = static_cast<A*>(a.partial);
-    each_block(a, threads, [=](int64_t image, int64_t first, int64_t end, int64_t block) {
-        const T* gate = static_cast<const T*>(a.gate) + image * a.gate_stride;
-        A* sums = partial + block * a.channels;
-        for (int64_t c = 0; c < a.channels; ++c) sums[c] = 0;
-        each_row(image * a.rows + first, image * a.rows + end, [&](int64_t row, auto group) {
-            each_vector<T>(a.channels, [&](int64_t c, auto lanes) {
-                const vec_t<T> g = vload(gate + c, lanes);
-                vec_t<T> sum = {};
-                for (int r = 0; r < decltype(group)::value; ++r) {
-                    const int64_t at = (row + r) * a.channels + c;
-                    const vec_t<T> d = vload(dy + at, lanes);
-                    sum += d;
-                    vstore(dbranch + at, g * d, lanes);
-                    if constexpr (sizeof(S) != sizeof(T)) vstore(narrow + at, d, lanes);
-                }
-                vstore(sums + c, vload(sums + c, lanes) + sum, lanes);
-            });
-        });
+    [[maybe_unused]] T* narrow = static_cast<T*>(a.narrow);
+    gate_backward<S, T>(a, a.sums, threads, [=](int64_t at, vec_t<T> d, auto lanes) {
+        if constexpr (sizeof(S) != sizeof(T)) vstore(narrow + at, d, lanes);
+        return d;
     });
-    sum_blocks(partial, a.channels, static_cast<A*>(a.sums), a, threads);
 }
 
 // LayerNorm's backward. With Gated that of the residual before it as well: dx then also carries dy, the gradient

@@ -45,7 +45,7 @@ static void channel_affine_typed(const ChannelAffineArgs& a, int threads) {
         const A* s = static_cast<const A*>(a.s) + image * a.s_stride;
         const A* r = static_cast<const A*>(a.r) + image * a.r_stride;
         const A* shift = a.shift ? static_cast<const A*>(a.shift) + image * a.shift_stride : nullptr;
-        each_row(image * a.rows + first, image * a.rows + end, [&](int64_t row, auto) {
+        each_row(image * a.rows + first, image * a.rows + end, [&](int64_t row) {
             each_vector<T>(a.channels, [&](int64_t c, auto lanes) {
                 const int64_t at = row * a.channels + c;
                 vec_t<T> value = vload(x + at, lanes) * vload(s + c, lanes);

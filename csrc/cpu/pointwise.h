@@ -78,19 +78,15 @@ static void gelu_typed(const GeluArgs& a, int threads) {
         A* squares = partial + block * a.channels;
         if constexpr (Squares)
             for (int64_t c = 0; c < a.channels; ++c) squares[c] = 0;
-        each_row(image * a.rows + first, image * a.rows + end, [&](int64_t row, auto group) {
+        each_row(image * a.rows + first, image * a.rows + end, [&](int64_t row) {
             each_vector<T>(a.channels, [&](int64_t c, auto lanes) {
-                vec_t<T> sum = {};
-                for (int i = 0; i < decltype(group)::value; ++i) {
-                    const int64_t at = (row + i) * a.channels + c;
-                    vstore(y + at, gelu(vload(x + at, lanes)), lanes);
-                    // Of the rounded values: those are what the norm belongs to.
-                    if constexpr (Squares) {
-                        const vec_t<T> stored = vload(y + at, lanes);
-                        sum += stored * stored;
-                    }
+                const int64_t at = row * a.channels + c;
+                vstore(y + at, gelu(vload(x + at, lanes)), lanes);
+                // Of the rounded values: those are what the norm belongs to.
+                if constexpr (Squares) {
+                    const vec_t<T> stored = vload(y + at, lanes);
+                    vstore(squares + c, vload(squares + c, lanes) + stored * stored, lanes);
                 }
-                if constexpr (Squares) vstore(squares + c, vload(squares + c, lanes) + sum, lanes);
             });
         });
     });
@@ -111,23 +107,16 @@ static void gelu_backward_typed(const GeluBackwardArgs& a, int threads) {
         const A* r = static_cast<const A*>(a.r) + (Affine ? image * a.channels : 0);
         A* sums = partial + block * a.channels;
         for (int64_t c = 0; c < a.channels; ++c) sums[c] = 0;
-        each_row(image * a.rows + first, image * a.rows + end, [&](int64_t row, auto group) {
+        each_row(image * a.rows + first, image * a.rows + end, [&](int64_t row) {
             each_vector<T>(a.channels, [&](int64_t c, auto lanes) {
-                V sum = {}, by = {}, through = {};
-                if constexpr (Affine) by = vload(s + c, lanes), through = vload(r + c, lanes);
-                for (int i = 0; i < decltype(group)::value; ++i) {
-                    const int64_t at = (row + i) * a.channels + c;
-                    const V value = vload(x + at, lanes);
-                    V d = vload(dy + at, lanes);
-                    V slope;
-                    const V out = gelu_with_slope(value, slope);
-                    if constexpr (Affine) d = d * by + out * through;
-                    d *= slope;
-                    sum += d;
-                    vstore(dx + at, d, lanes);
-                    if constexpr (Keep) vstore(y + at, out, lanes);
-                }
-                vstore(sums + c, vload(sums + c, lanes) + sum, lanes);
+                const int64_t at = row * a.channels + c;
+                V slope, d = vload(dy + at, lanes);
+                const V out = gelu_with_slope(vload(x + at, lanes), slope);
+                if constexpr (Affine) d = d * vload(s + c, lanes) + out * vload(r + c, lanes);
+                d *= slope;
+                vstore(dx + at, d, lanes);
+                if constexpr (Keep) vstore(y + at, out, lanes);
+                vstore(sums + c, vload(sums + c, lanes) + d, lanes);
             });
         });
     });

@@ -37,11 +37,11 @@ DICO_INLINE void each_group(int64_t first, int64_t end, Body body) {
     for (; row < end; ++row) body(row, Count<1>{});
 }
 
-// body(row, Count of 1), for what writes images: a group of rows of each is more streams of memory than a processor
-// foresees, and rows of a power of two lie where the stores of one hold up the loads of another.
+// body(row), one at a time, for what writes images: a group of rows of each is more streams of memory than a
+// processor foresees, and rows of a power of two lie where the stores of one hold up the loads of another.
 template <class Body>
 DICO_INLINE void each_row(int64_t first, int64_t end, Body body) {
-    for (int64_t row = first; row < end; ++row) body(row, Count<1>{});
+    for (int64_t row = first; row < end; ++row) body(row);
 }
 
 // out[image][c] = the sum over an image's blocks of partial[block][c], in the order of the blocks. One partial is
