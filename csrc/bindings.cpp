@@ -174,6 +174,23 @@ PYBIND11_MODULE(_C, m) {
     bind(m, "channel_attention", &Kernels::channel_attention, &CT::sums, &CT::weight, &CT::bias, &CT::mean,
          &CT::attention, &CT::images, &CT::channels, &CT::pixels);
 
+    m.def("packed_size", [](int dtype, int64_t outputs, int64_t inputs) {
+        return dico::cpu::kernels().packed_size(static_cast<dico::Dtype>(dtype), outputs, inputs);
+    });
+    using PA = dico::PackArgs;
+    bind(m, "pack", &Kernels::pack, &PA::weight, &PA::packed, &PA::outputs, &PA::inputs, &PA::output_stride,
+         &PA::input_stride);
+    m.def("pointwise_scratch", [](int dtype, int threads, int64_t inputs, int64_t hidden, int64_t block_rows) {
+        return dico::cpu::kernels().pointwise_scratch(static_cast<dico::Dtype>(dtype), inputs, hidden, block_rows,
+                                                      threads);
+    });
+    using PW = dico::PointwiseArgs;
+    bind_rows(m, "pointwise", &Kernels::pointwise, &PW::x, &PW::packed, &PW::bias, &PW::shift, &PW::scale,
+              &PW::mean, &PW::rstd, &PW::s, &PW::plus, &PW::then, &PW::then_bias, &PW::gate, &PW::residual,
+              &PW::before, &PW::y, &PW::squares, &PW::partial, &PW::scratch, &PW::outputs, &PW::then_outputs,
+              &PW::parts, &PW::gelu, &PW::shift_stride, &PW::scale_stride, &PW::gate_stride, &PW::eps,
+              &PW::wide_stream);
+
 #ifdef DICO_WITH_CUDA
     m.def("adaln_modulate_cuda",
           [](int dtype, int64_t images, int64_t rows, int64_t channels, uintptr_t x, uintptr_t shift,

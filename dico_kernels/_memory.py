@@ -52,12 +52,14 @@ def wide_stream(x: Tensor, dtype: torch.dtype) -> int:
 
 
 def vector(name: str, v: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> int:
-    """Refuse what is not contiguous (N, C) or (1, C); its stride from image to image (0 broadcasts)."""
+    """Refuse what is not (N, C) or (1, C) without gaps in its rows; its stride from image to image (0 broadcasts)."""
     n, c = x.shape[:2]
     if v.ndim != 2 or v.shape[1] != c or v.shape[0] not in (1, n):
         raise ValueError(f"{name} has shape {tuple(v.shape)}: expected ({n}, {c}) or (1, {c})")
-    dense(name, v, tuple(v.shape), dtype or x.dtype, x.device)
-    return c if v.shape[0] == n else 0
+    if v.stride(1) != 1 and c > 1:
+        raise ValueError(f"{name} has strides {v.stride()}: expected no gaps within a row")
+    kind(name, v, dtype or x.dtype, x.device)
+    return v.stride(0) if v.shape[0] == n else 0
 
 
 def like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Weights in oneDNN's own layouts, kept beside the originals for as long as these live and stay as they are."""
+"""Weights in layouts that a product reads faster, kept beside the originals for as long as these stay as they are."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from dico_kernels._linear import onednn_multiplies
 
+ONEDNN = "oneDNN"
+
 
 @dataclass(frozen=True)
 class _Packed:
     """A packed weight, and which state of the weight that was."""
 
     tensor: Tensor
+    form: str
+    dtype: torch.dtype
     version: int
     pointer: int
     storage: StorageWeakRef  # while it is held, no other storage has its address: another's memory may have had
@@ -26,18 +30,20 @@ class _Packed:
 _PACKED: MutableMapping[Tensor, _Packed] = WeakIdKeyDictionary()
 
 
-def keep(weight: Tensor, reorder: Callable[[Tensor], Tensor]) -> bool:
-    """Keep what ``reorder`` makes of a weight.
+def keep(weight: Tensor, reorder: Callable[[Tensor], Tensor], form: str = ONEDNN) -> bool:
+    """Keep what ``reorder`` makes of a weight, in a layout of the name ``form``, in place of what was kept.
 
     Returns:
-        Whether that was possible: a plain float32 or bfloat16 tensor on a CPU whose torch has oneDNN.
+        Whether that was possible: a plain tensor on a CPU, for oneDNN of a dtype that this torch's multiplies.
     """
-    if not onednn_multiplies(weight) or weight.is_inference() or type(weight) not in (Tensor, torch.nn.Parameter):
+    if not weight.is_cpu or weight.is_inference() or type(weight) not in (Tensor, torch.nn.Parameter):
+        return False
+    if form == ONEDNN and not onednn_multiplies(weight):
         return False
     with torch.no_grad():
         tensor = reorder(weight.detach())
     storage = StorageWeakRef(weight.untyped_storage())  # type: ignore[no-untyped-call]
-    _PACKED[weight] = _Packed(tensor, weight._version, weight.data_ptr(), storage)
+    _PACKED[weight] = _Packed(tensor, form, weight.dtype, weight._version, weight.data_ptr(), storage)
     return True
 
 
@@ -46,10 +52,12 @@ def forget(weight: Tensor) -> None:
     _PACKED.pop(weight, None)
 
 
-def packed(weight: Tensor) -> Tensor | None:
-    """What was kept of a weight that has not changed since, to be given to oneDNN in its stead; else None."""
+def packed(weight: Tensor, form: str = ONEDNN) -> Tensor | None:
+    """What was kept in a layout of a weight that has not changed since, to be multiplied in its stead; else None."""
     kept = _PACKED.get(weight) if _PACKED else None
-    if kept is None or not torch.backends.mkldnn.enabled or kept.tensor.dtype != weight.dtype:
+    if kept is None or kept.form != form or kept.dtype != weight.dtype:
+        return None
+    if form == ONEDNN and not torch.backends.mkldnn.enabled:
         return None
     now = weight._version, weight.data_ptr(), weight.untyped_storage()._cdata
     return kept.tensor if now == (kept.version, kept.pointer, kept.storage.cdata) else None

@@ -18,6 +18,8 @@ from dico_kernels._extension import isa as isa
 from dico_kernels._extension import isas as isas
 from dico_kernels._extension import why_unavailable as why_unavailable
 from dico_kernels._extension import with_cuda as with_cuda
+from dico_kernels._gemm import multiplies as multiplies
+from dico_kernels._gemm import pointwise as pointwise
 from dico_kernels._linear import from_rows, linear, rows
 from dico_kernels._memory import DTYPES, dense, image, kind, like, reduced, row_blocks, vector, wide_stream
 from dico_kernels._packed import packed

@@ -55,6 +55,18 @@ BUGS = {
         "tail - 0 * kDensity",
         "test_depthwise.py::test_gelu_is_exact_to_the_documented_error",
     ),
+    "a product's bias forgotten behind a gate": (
+        "gemm.h",
+        "vload(residual + at, lanes) + by * (from[i * next] + plus)",
+        "vload(residual + at, lanes) + by * from[i * next]",
+        "test_gemm.py::test_against_float64 -k nothing-gate",
+    ),
+    "what is beside the last output left in a panel": (
+        "gemm.h",
+        "copy_operand<T>(at, from + n * a.output_stride + k * a.input_stride);",
+        "copy_operand<T>(at, from + n * a.output_stride + (k ^ 1) * a.input_stride);",
+        "test_gemm.py::test_packed_weights_multiply_to_the_same_bits",
+    ),
     "the gate's part of a scale's gradient forgotten": (
         "pointwise.h",
         "column += weighted * by[r];",

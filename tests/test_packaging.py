@@ -21,6 +21,7 @@ TOWER = [
     {"version", "fatbin", "dtypes", "_linear"},
     {"_memory", "_packed"},
     {"_extension"},
+    {"_gemm"},
     {"kernels", "native", "reference"},
     {"info"},
     {"ops"},

@@ -37,8 +37,9 @@ DICO_INLINE Statistics<acc_t<T>, R> row_statistics(const T* x, int64_t channels,
     return found;
 }
 
-template <int R, class S, class T>
-DICO_INLINE void modulate_rows(const S* x, const T* shift, const T* scale, T* y, int64_t channels,
+// y may be of a type of its own; `stride` is the distance of its rows.
+template <int R, class S, class T, class Y>
+DICO_INLINE void modulate_rows(const S* x, const T* shift, const T* scale, Y* y, int64_t stride, int64_t channels,
                                const Statistics<acc_t<T>, R>& of) {
     using A = acc_t<T>;
     for (int r = 0; r < R; ++r)
@@ -46,7 +47,7 @@ DICO_INLINE void modulate_rows(const S* x, const T* shift, const T* scale, T* y,
             const vec_t<T> by = vload(scale + c, lanes) + A(1), plus = vload(shift + c, lanes);
             const vec_t<T> centred = vload(x + r * channels + c, lanes) - of.mean[r];
             const vec_t<T> normalised = centred * of.rstd[r] + of.offset[r];
-            vstore(y + r * channels + c, normalised * by + plus, lanes);
+            vstore(y + r * stride + c, normalised * by + plus, lanes);
         });
 }
 
@@ -72,7 +73,7 @@ static void adaln_modulate_typed(const AdalnArgs& a, int threads) {
             constexpr int R = decltype(group)::value;
             const int64_t at = row * a.channels;
             const auto found = row_statistics<R>(x + at, a.channels, a.eps);
-            modulate_rows<R>(x + at, shift, scale, y + at, a.channels, found);
+            modulate_rows<R>(x + at, shift, scale, y + at, a.channels, a.channels, found);
             for (int r = 0; r < R; ++r) means[row + r] = found.mean[r], rstds[row + r] = found.rstd[r];
         });
     });
@@ -110,7 +111,7 @@ static void gated_residual_adaln_typed(const GatedAdalnArgs& a, int threads) {
             const int64_t at = row * a.channels;
             gate_rows<R>(x + at, branch + at, gate, y + at, a.channels);
             const auto found = row_statistics<R>(y + at, a.channels, a.eps);
-            modulate_rows<R>(y + at, shift, scale, h + at, a.channels, found);
+            modulate_rows<R>(y + at, shift, scale, h + at, a.channels, a.channels, found);
             for (int r = 0; r < R; ++r) means[row + r] = found.mean[r], rstds[row + r] = found.rstd[r];
         });
     });

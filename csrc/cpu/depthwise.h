@@ -195,7 +195,7 @@ static void depthwise_typed(const DepthwiseArgs& a, int threads) {
                     const V bias = bias_of<T>(a.bias, c0 + c, channels - c);
                     V total = {};
                     stencil<K, false>(rows, taps + (c0 + c) / L * K * K, bias, a.width, [&](int64_t w, V sum) {
-                        vstore(to + w * a.channels, a.gelu ? gelu(sum) : sum, lanes);
+                        vstore(to + w * a.channels, a.gelu ? gelu<T>(sum) : sum, lanes);
                         if (a.sums) total += vload(to + w * a.channels, lanes);  // of the rounded values
                     });
                     totals[c / L] += total;
@@ -267,7 +267,7 @@ static void depthwise_backward_typed(const DepthwiseBackwardArgs& a, int threads
                             const V bias = bias_of<T>(a.bias, c0 + c, channels - c);
                             xs.around(r, v, rows);
                             stencil<K, false>(rows, tap, bias, a.width, [&](int64_t w, V z) {
-                                dz[w] = vload(from + w * a.channels, lanes) * gelu_slope(z);
+                                dz[w] = vload(from + w * a.channels, lanes) * gelu_slope<T>(z);
                             });
                         }
                         if (own_row) {

@@ -6,6 +6,11 @@
 
 namespace dico::cpu {
 
+#ifdef DICO_HAS_ISA_v4bf16
+namespace v4bf16 {
+extern const Kernels table;
+}
+#endif
 #ifdef DICO_HAS_ISA_v4
 namespace v4 {
 extern const Kernels table;
@@ -37,10 +42,14 @@ bool has_v4() {
            __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl");
 }
+bool has_v4bf16() { return has_v4() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
 const std::vector<Candidate>& candidates() {
     static const std::vector<Candidate> all = {
+#ifdef DICO_HAS_ISA_v4bf16
+        {&v4bf16::table, has_v4bf16()},
+#endif
 #ifdef DICO_HAS_ISA_v4
         {&v4::table, has_v4()},
 #endif

@@ -8,6 +8,9 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 #ifndef DICO_ISA
 #error "DICO_ISA must name the instruction set this copy is compiled for"
@@ -34,6 +37,7 @@ static inline int thread_number() { return 0; }
 #include "attention.h"
 #include "channel.h"
 #include "depthwise.h"
+#include "gemm.h"
 #include "pixel_shuffle.h"
 #include "pointwise.h"
 
@@ -58,6 +62,10 @@ const Kernels table = {DICO_STRING(DICO_ISA),
                        gelu_forward,
                        gelu_backward,
                        gated_products,
-                       channel_attention};
+                       channel_attention,
+                       packed_size,
+                       pack,
+                       pointwise_scratch,
+                       pointwise};
 
 }  // namespace dico::cpu::DICO_ISA

@@ -81,7 +81,7 @@ static void gelu_typed(const GeluArgs& a, int threads) {
         each_row(image * a.rows + first, image * a.rows + end, [&](int64_t row) {
             each_vector<T>(a.channels, [&](int64_t c, auto lanes) {
                 const int64_t at = row * a.channels + c;
-                vstore(y + at, gelu(vload(x + at, lanes)), lanes);
+                vstore(y + at, gelu<T>(vload(x + at, lanes)), lanes);
                 // Of the rounded values: those are what the norm belongs to.
                 if constexpr (Squares) {
                     const vec_t<T> stored = vload(y + at, lanes);
@@ -111,7 +111,7 @@ static void gelu_backward_typed(const GeluBackwardArgs& a, int threads) {
             each_vector<T>(a.channels, [&](int64_t c, auto lanes) {
                 const int64_t at = row * a.channels + c;
                 V slope, d = vload(dy + at, lanes);
-                const V out = gelu_with_slope(vload(x + at, lanes), slope);
+                const V out = gelu_with_slope<T>(vload(x + at, lanes), slope);
                 if constexpr (Affine) d = d * vload(s + c, lanes) + out * vload(r + c, lanes);
                 d *= slope;
                 vstore(dx + at, d, lanes);

@@ -11,17 +11,25 @@ constexpr int kGroup = 2;
 
 DICO_INLINE int64_t blocks_of(const Image& i) { return (i.rows + i.block_rows - 1) / i.block_rows; }
 
-// body(image, first row, one past the last row, number of the block among all images' blocks)
+// body(image, first row, one past the last row, number of the block among all images' blocks, part), for each part
+// of each block.
 template <class Body>
-static inline void each_block(const Image& i, int threads, Body body) {
+static inline void each_part(const Image& i, int64_t parts, int threads, Body body) {
     const int64_t blocks = blocks_of(i);
-    const int64_t total = i.images * blocks;
+    const int64_t total = i.images * blocks * parts;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t block = 0; block < total; ++block) {
+    for (int64_t unit = 0; unit < total; ++unit) {
+        const int64_t block = unit / parts;
         const int64_t first = (block % blocks) * i.block_rows;
         const int64_t end = first + i.block_rows;
-        body(block / blocks, first, end < i.rows ? end : i.rows, block);
+        body(block / blocks, first, end < i.rows ? end : i.rows, block, unit % parts);
     }
+}
+template <class Body>
+static inline void each_block(const Image& i, int threads, Body body) {
+    each_part(i, 1, threads, [=](int64_t image, int64_t first, int64_t end, int64_t block, int64_t) {
+        body(image, first, end, block);
+    });
 }
 
 template <int n>

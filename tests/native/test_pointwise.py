@@ -32,6 +32,32 @@ def test_gelu(isa, shape, dtype, image, squares):
         assert rel_rms(sums, y.double().square().sum((2, 3))) <= (1e-13 if dtype == torch.float64 else 3e-7)
 
 
+def test_gelu_and_slope_of_every_bfloat16(isa):
+    """Rounded like the exact values but for a hundredth, where these lie within 2^-12 of halfway; 1e-8 past -6."""
+    x = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    x = x[(x.abs() < 100) & (x.abs() > 1e-30)]
+    exact = x.double().requires_grad_()
+    F.gelu(exact).sum().backward()
+    pixels = x.reshape(1, 1, -1, 1)
+    y, slope = native.gelu(pixels, False)[0], native.gelu_backward(torch.ones_like(pixels), pixels)[0]
+    for ours, truth, far in ((y, F.gelu(exact.detach()), 1e-8), (slope, exact.grad, 5e-8)):
+        error = (ours.flatten().double() - truth).abs()
+        assert (error <= (0.5 + 1 / 8) * 2**-7 * truth.abs() + far).all()
+        assert float((ours.flatten() != truth.bfloat16())[x > -5].double().mean()) < 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gelu_at_the_ends(isa, dtype):
+    x = torch.tensor([float("inf"), -float("inf"), float("nan"), -1e30, 1e30, 0.0], dtype=dtype).reshape(1, 1, -1, 1)
+    y = native.gelu(x, False)[0].flatten()
+    torch.testing.assert_close(
+        y, torch.tensor([float("inf"), 0, float("nan"), 0, 1e30, 0], dtype=dtype), equal_nan=True
+    )
+    slope = native.gelu_backward(torch.ones_like(x), x)[0].flatten()
+    wanted = torch.tensor([1, 0, float("nan"), 0, 1, 0.5], dtype=dtype)
+    torch.testing.assert_close(slope, wanted, equal_nan=True, rtol=0, atol=1e-7)
+
+
 @pytest.mark.parametrize(
     ("affine", "keep", "overwrite"),
     [(False, False, False), (True, False, True), (False, True, True), (True, True, False)],

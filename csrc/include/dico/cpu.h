@@ -8,6 +8,16 @@
 
 namespace dico::cpu {
 
+// Cubics, term by term, that interpolate Phi(-m) and GELU's slope at -m: segment i is m of (i +- 1/2) / kPerUnit,
+// its variable m * kPerUnit - i.
+struct GeluTable {
+    static constexpr int kSegments = 32, kTerms = 4;
+    static constexpr float kPerUnit = 5.25f, kEnd = 5.999f;  // the last segment ends at 6
+    float tail[kTerms][kSegments];
+    float slope[kTerms][kSegments];
+};
+extern const GeluTable gelu_table;
+
 template <class Args>
 using Kernel = void (*)(Dtype, const Args&, int threads);
 
@@ -34,6 +44,12 @@ struct Kernels {
     Kernel<GeluBackwardArgs> gelu_backward;
     Kernel<GatedProductsArgs> gated_products;
     Kernel<AttentionArgs> channel_attention;
+    // Bytes of a packed weight.
+    int64_t (*packed_size)(Dtype, int64_t outputs, int64_t inputs);
+    Kernel<PackArgs> pack;
+    // Bytes of scratch that pointwise wants.
+    int64_t (*pointwise_scratch)(Dtype, int64_t inputs, int64_t hidden, int64_t block_rows, int threads);
+    Kernel<PointwiseArgs> pointwise;
 };
 
 // Names compiled in that this processor can run, best first.

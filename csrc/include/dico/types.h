@@ -196,6 +196,46 @@ struct AttentionArgs {
     int64_t images, channels, pixels;
 };
 
+// W (outputs, inputs), in any strides, as pointwise takes it.
+struct PackArgs {
+    const void* weight;
+    void* packed;
+    int64_t outputs, inputs;
+    int64_t output_stride, input_stride;
+};
+
+// y = W prologue(x) + b, through GELU or into the gated residual; or both, one product after the other, with
+// `then`. x is (images, rows, channels).
+struct PointwiseArgs : Image {
+    const void* x;
+    const void* packed;
+    const void* bias;   // (outputs), or null
+    const void* shift;  // of adaLN, with scale; or null
+    const void* scale;
+    void* mean;  // with rstd; or null
+    void* rstd;
+    const void* s;          // instead: what x is multiplied by, (images, channels); or null
+    const void* plus;       // added to that, (channels); or null
+    const void* then;       // a second weight, (then_outputs, outputs), whose product is gated; or null
+    const void* then_bias;  // (then_outputs), or null
+    const void* gate;       // y = residual + gate * product, of the last product; or null
+    const void* residual;
+    void* before;  // what GELU is applied to, (images, rows, outputs); or null
+    void* y;
+    void* squares;  // (images, outputs), sums of y squared, with partial; or null
+    void* partial;  // (blocks, outputs)
+    void* scratch;
+    int64_t outputs;
+    int64_t then_outputs;
+    int64_t parts;  // of the outputs, each a unit of work: 1 with `then`
+    int64_t gelu;
+    int64_t shift_stride;
+    int64_t scale_stride;
+    int64_t gate_stride;
+    double eps;
+    int64_t wide_stream;  // with adaLN x, and residual and its y, are float32 though all else is a 16-bit type
+};
+
 // rows: rows of small images, (rows, width, 4 * channels) in up; two rows of twice the width in skip and cat for
 // each.
 struct PixelShuffleArgs {

@@ -1,0 +1,362 @@
+// 1x1 convolutions as this package's own matrix products, with what stands before and behind them inside: y =
+// epilogue(prologue(x) W^T + b). Before: adaLN, a scale per sample and channel, or nothing; behind: GELU with the
+// sums of its squares, or the gated residual. A block of rows goes through the prologue into a buffer that the
+// second-level cache holds, tiles of its product through the epilogue while they are in the first. Included inside
+// the namespace of one instruction set.
+//
+// Every output is one chain of multiply-adds over the inputs in their order, whatever tile it falls into: results
+// depend neither on the division of the rows nor on the number of threads.
+
+// A tile of outputs: its sums, a row of W's panel and one input fill the registers.
+constexpr int kTileRows = 6;
+#if defined(__AVX512F__)
+constexpr int kTileVectors = 4;
+#else
+constexpr int kTileVectors = 2;
+#endif
+
+// What the factors are held as: the accumulation type, or bfloat16 where the processor multiplies pairs of it.
+template <class T>
+struct Operand {
+    using type = acc_t<T>;
+    static constexpr int kPair = 1;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct Operand<bf16> {
+    using type = bf16;
+    static constexpr int kPair = 2;
+};
+#endif
+template <class T>
+using operand_t = typename Operand<T>::type;
+template <class T>
+constexpr int kPair = Operand<T>::kPair;
+template <class T>
+constexpr int64_t kPanel = kTileVectors * kLanes<T>;
+
+// Inputs, with the zeros that fill up the last pair.
+template <class T>
+DICO_INLINE int64_t depth_of(int64_t inputs) {
+    return (inputs + kPair<T> - 1) / kPair<T> * kPair<T>;
+}
+// Of a row of the buffer: a line more than the inputs, or rows of a power of two share too few sets of the cache.
+template <class T>
+DICO_INLINE int64_t row_stride_of(int64_t inputs) {
+    constexpr int64_t kLine = 64 / sizeof(operand_t<T>);
+    return (inputs + kLine - 1) / kLine * kLine + kLine;
+}
+
+static int64_t packed_size(Dtype dtype, int64_t outputs, int64_t inputs) {
+    int64_t bytes = 0;
+    by_dtype(dtype, [&](auto tag) {
+        using T = typename decltype(tag)::type;
+        const int64_t whole = (outputs + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+        bytes = whole * depth_of<T>(inputs) * static_cast<int64_t>(sizeof(operand_t<T>));
+    });
+    return bytes;
+}
+static int64_t pointwise_scratch(Dtype dtype, int64_t inputs, int64_t hidden, int64_t block_rows, int threads) {
+    int64_t bytes = 0;
+    by_dtype(dtype, [&](auto tag) {
+        using T = typename decltype(tag)::type;
+        const int64_t row = row_stride_of<T>(inputs) + (hidden ? row_stride_of<T>(hidden) : 0);
+        bytes = threads * block_rows * row * static_cast<int64_t>(sizeof(operand_t<T>));
+    });
+    return bytes;
+}
+
+// Rounded by the processor where it multiplies bfloat16: that takes subnormal numbers, results too, for zero, as
+// its products do.
+template <class E>
+DICO_INLINE void put(E* to, vec_t<E> v, Whole) {
+    vstore(to, v);
+}
+#if defined(__AVX512BF16__)
+DICO_INLINE void put(bf16* to, vfloat v, Whole) {
+    const __m256bh narrow = _mm512_cvtneps_pbh((__m512)v);
+    __builtin_memcpy(to, &narrow, sizeof narrow);
+}
+#endif
+template <class E>
+DICO_INLINE void put(E* to, vec_t<E> v, int lanes) {
+    vstore(to, v, lanes);
+}
+
+template <class T>
+DICO_INLINE vec_t<T> rounded(vec_t<T> v) {
+    T stored[kLanes<T>];
+    vstore(stored, v);
+    return vload(stored);
+}
+
+template <class T>
+DICO_INLINE void copy_operand(operand_t<T>* to, const T* from) {
+    if constexpr (sizeof(operand_t<T>) == sizeof(T)) {
+        __builtin_memcpy(to, from, sizeof(T));
+    } else {
+        *to = load(from);
+    }
+}
+
+// Rows become columns: by halves, that of each row's elements which belong to another row changes places with it.
+#if !defined(__clang__)
+template <int step = 1>
+DICO_INLINE void transpose(vuint* rows) {
+    constexpr int L = kLanes<float>;
+    if constexpr (step < L) {
+        vuint low, high;
+        for (int i = 0; i < L; ++i) {
+            low[i] = static_cast<uint32_t>(i & step ? i - step + L : i);
+            high[i] = static_cast<uint32_t>(i & step ? i + L : i + step);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i)
+            if (!(i & step)) {
+                const vuint a = rows[i], b = rows[i + step];
+                rows[i] = __builtin_shuffle(a, b, low);
+                rows[i + step] = __builtin_shuffle(a, b, high);
+            }
+        transpose<step * 2>(rows);
+    }
+}
+#endif
+
+// W (outputs, inputs), in any strides, as panels of kPanel outputs, the last one narrower: for each pair of inputs
+// (or each one) the panel's outputs next to one another, zero past the last.
+template <class T>
+static void pack_typed(const PackArgs& a, int threads) {
+    using E = operand_t<T>;
+    constexpr int L = kLanes<float>, kInputs = L * kPair<T>;
+#if defined(__clang__)
+    constexpr bool kWords = false;  // has another name for the shuffle
+#else
+    constexpr bool kWords = sizeof(E) == sizeof(T) && sizeof(T) * kPair<T> == sizeof(uint32_t);
+#endif
+    const int64_t depth = depth_of<T>(a.inputs);
+    const int64_t whole = (a.outputs + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+    const T* weight = static_cast<const T*>(a.weight);
+    E* packed = static_cast<E*>(a.packed);
+    // Along the rows of W, a few at a time: a column of lines of memory is what no processor foresees.
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && whole * depth > 16384)
+    for (int64_t n0 = 0; n0 < whole; n0 += kLanes<T>) {
+        const int64_t panel = n0 / kPanel<T> * kPanel<T>;
+        const int64_t width = whole - panel < kPanel<T> ? whole - panel : kPanel<T>;
+        E* const to = packed + panel * depth + (n0 - panel) * kPair<T>;
+        const T* const from = weight + n0 * a.output_stride;
+        int64_t k = 0;
+        if constexpr (kWords)
+            if (a.input_stride == 1 && n0 + L <= a.outputs)
+                for (; k + kInputs <= a.inputs; k += kInputs) {
+                    vuint rows[L];
+                    for (int i = 0; i < L; ++i)
+                        __builtin_memcpy(&rows[i], from + i * a.output_stride + k, sizeof rows[i]);
+                    transpose(rows);
+                    for (int i = 0; i < L; ++i)
+                        __builtin_memcpy(to + (k + i * kPair<T>)*width, &rows[i], sizeof rows[i]);
+                }
+        for (; k < depth; ++k)
+            for (int64_t n = 0; n < kLanes<T>; ++n) {
+                E* const at = to + (k / kPair<T> * width + n) * kPair<T> + k % kPair<T>;
+                if (n0 + n < a.outputs && k < a.inputs)
+                    copy_operand<T>(at, from + n * a.output_stride + k * a.input_stride);
+                else
+                    *at = E{};
+            }
+    }
+}
+
+// sums[i * V + j] = the product of row i of a and vector j of the panel's outputs.
+template <int R, int V, class E>
+static __attribute__((noinline)) void multiply_tile(const E* a, int64_t stride, const E* panel, int64_t depth,
+                                                    vec_t<E>* sums) {
+    constexpr int kLine = kLanes<E> * kPair<E>;
+    vec_t<E> sum[R][V] = {};
+    for (int64_t k = 0; k < depth; k += kPair<E>, panel += V * kLine) {
+#if defined(__AVX512BF16__)
+        if constexpr (kPair<E> == 2) {
+            __m512bh column[V];
+#pragma GCC unroll 4
+            for (int j = 0; j < V; ++j) __builtin_memcpy(&column[j], panel + j * kLine, sizeof column[j]);
+#pragma GCC unroll 6
+            for (int i = 0; i < R; ++i) {
+                int pair;
+                __builtin_memcpy(&pair, a + i * stride + k, sizeof pair);
+                const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 4
+                for (int j = 0; j < V; ++j)
+                    sum[i][j] = (vfloat)_mm512_dpbf16_ps((__m512)sum[i][j], both, column[j]);
+            }
+        } else
+#endif
+        {
+            vec_t<E> column[V];
+#pragma GCC unroll 4
+            for (int j = 0; j < V; ++j) column[j] = vload(panel + j * kLine);
+#pragma GCC unroll 6
+            for (int i = 0; i < R; ++i) {
+                const vec_t<E> all = vec_t<E>{} + a[i * stride + k];
+#pragma GCC unroll 4
+                for (int j = 0; j < V; ++j) sum[i][j] += all * column[j];
+            }
+        }
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < V; ++j) sums[i * V + j] = sum[i][j];
+}
+
+// body(Count of n), for n of 1 to most.
+template <int most, class Body>
+DICO_INLINE void by_count(int64_t n, Body body) {
+    if constexpr (most == 1) {
+        body(Count<1>{});
+    } else {
+        n == most ? body(Count<most>{}) : by_count<most - 1>(n, body);
+    }
+}
+
+// emit(first row, rows, channel, sums, distance of one row's sums from the next's, lanes), a vector of channels at
+// a time, for the columns of a W^T from `begin`, where a panel does, to `end`.
+template <class T, class Emit>
+DICO_INLINE void product(const operand_t<T>* a, int64_t stride, int64_t rows, const operand_t<T>* packed,
+                         int64_t inputs, int64_t begin, int64_t end, Emit emit) {
+    constexpr int L = kLanes<T>;
+    const int64_t depth = depth_of<T>(inputs);
+    vec_t<T> sums[kTileRows * kTileVectors];
+    for (int64_t n = begin; n < end; n += kPanel<T>) {
+        const int64_t left = end - n;
+        const int64_t vectors = left < kPanel<T> ? (left + L - 1) / L : kTileVectors;
+        for (int64_t m = 0; m < rows; m += kTileRows) {
+            const int64_t count = rows - m < kTileRows ? rows - m : kTileRows;
+            by_count<kTileRows>(count, [&](auto r) {
+                by_count<kTileVectors>(vectors, [&](auto v) {
+                    multiply_tile<decltype(r)::value, decltype(v)::value>(a + m * stride, stride,
+                                                                          packed + n * depth, depth, sums);
+                });
+            });
+            each_vector<T>(left < kPanel<T> ? left : kPanel<T>,
+                           [&](int64_t c, auto lanes) { emit(m, count, n + c, sums + c / L, vectors, lanes); });
+        }
+    }
+}
+
+// The rows of a block as the product takes them.
+template <class S, class T>
+DICO_INLINE void prepare(const PointwiseArgs& a, int64_t image, int64_t row, int64_t rows, operand_t<T>* to,
+                         int64_t stride, bool keep) {
+    using A = acc_t<T>;
+    const int64_t at = row * a.channels;
+    if (a.shift) {
+        const S* x = static_cast<const S*>(a.x) + at;
+        const T* shift = static_cast<const T*>(a.shift) + image * a.shift_stride;
+        const T* scale = static_cast<const T*>(a.scale) + image * a.scale_stride;
+        A* means = static_cast<A*>(a.mean);
+        A* rstds = static_cast<A*>(a.rstd);
+        each_group(0, rows, [&](int64_t r0, auto group) {
+            constexpr int R = decltype(group)::value;
+            const auto found = row_statistics<R, S>(x + r0 * a.channels, a.channels, a.eps);
+            modulate_rows<R>(x + r0 * a.channels, shift, scale, to + r0 * stride, stride, a.channels, found);
+            if (means && keep)
+                for (int r = 0; r < R; ++r)
+                    means[row + r0 + r] = found.mean[r], rstds[row + r0 + r] = found.rstd[r];
+        });
+    } else {
+        const T* x = static_cast<const T*>(a.x) + at;
+        const A* s = a.s ? static_cast<const A*>(a.s) + image * a.channels : nullptr;
+        const T* plus = static_cast<const T*>(a.plus);
+        each_row(0, rows, [&](int64_t r) {
+            each_vector<T>(a.channels, [&](int64_t c, auto lanes) {
+                vec_t<T> v = vload(x + r * a.channels + c, lanes);
+                if (s) v *= vload(s + c, lanes);
+                if (plus) v += vload(plus + c, lanes);
+                put(to + r * stride + c, v, lanes);
+            });
+        });
+    }
+    for (int64_t c = a.channels; c < depth_of<T>(a.channels); ++c)
+        for (int64_t r = 0; r < rows; ++r) to[r * stride + c] = {};
+}
+
+template <class S, class T>
+static void pointwise_typed(const PointwiseArgs& a, int threads) {
+    using A = acc_t<T>;
+    using V = vec_t<T>;
+    using E = operand_t<T>;
+    const int64_t stride = row_stride_of<T>(a.channels), hidden_stride = row_stride_of<T>(a.outputs);
+    const int64_t scratch = a.block_rows * (stride + (a.then ? hidden_stride : 0));
+    const S* residual = static_cast<const S*>(a.residual);
+    T* before = static_cast<T*>(a.before);
+    A* partial = static_cast<A*>(a.partial);
+    const int64_t panels = (a.outputs + kPanel<T> - 1) / kPanel<T>;
+    each_part(a, a.parts, threads, [&](int64_t image, int64_t first, int64_t end, int64_t block, int64_t part) {
+        const int64_t row0 = image * a.rows + first, count = end - first;
+        const int64_t begin = panels * part / a.parts * kPanel<T>;
+        const int64_t after = part + 1 < a.parts ? panels * (part + 1) / a.parts * kPanel<T> : a.outputs;
+        E* rows = static_cast<E*>(a.scratch) + thread_number() * scratch;
+        A* sums = partial ? partial + block * a.outputs : nullptr;
+        if (sums)
+            for (int64_t c = begin; c < after; ++c) sums[c] = 0;
+        prepare<S, T>(a, image, row0, count, rows, stride, part == 0);
+        const auto plain = [&](auto* y, int64_t y_stride) {
+            const T* bias = static_cast<const T*>(a.bias);
+            product<T>(rows, stride, count, static_cast<const E*>(a.packed), a.channels, begin, after,
+                       [&](int64_t m, int64_t n, int64_t c, const V* from, int64_t next, auto lanes) {
+                           const V plus = bias ? vload(bias + c, lanes) : V{};
+                           V squares = {};
+                           for (int64_t i = 0; i < n; ++i) {
+                               V value = from[i * next] + plus;
+                               if (before) put(before + (row0 + m + i) * a.outputs + c, value, lanes);
+                               if (a.gelu) value = gelu<T>(value);
+                               auto* to = y + (m + i) * y_stride + c;
+                               // As if it had been written: the second product may be a call of its own.
+                               if constexpr (sizeof(*to) != sizeof(T)) value = rounded<T>(value);
+                               put(to, value, lanes);
+                               if (sums)
+                                   value = vload(to, lanes), squares += value * value;  // of the rounded values
+                           }
+                           if (sums) vstore(sums + c, vload(sums + c, lanes) + squares, lanes);
+                       });
+        };
+        const auto gated = [&](const E* x, int64_t x_stride, const void* packed, const void* b, int64_t inputs,
+                               int64_t from_channel, int64_t to_channel, int64_t outputs) {
+            const T* bias = static_cast<const T*>(b);
+            const T* gate = static_cast<const T*>(a.gate) + image * a.gate_stride;
+            product<T>(x, x_stride, count, static_cast<const E*>(packed), inputs, from_channel, to_channel,
+                       [&](int64_t m, int64_t n, int64_t c, const V* from, int64_t next, auto lanes) {
+                           const V plus = bias ? vload(bias + c, lanes) : V{}, by = vload(gate + c, lanes);
+                           for (int64_t i = 0; i < n; ++i) {
+                               const int64_t at = (row0 + m + i) * outputs + c;
+                               put(static_cast<S*>(a.y) + at,
+                                   vload(residual + at, lanes) + by * (from[i * next] + plus), lanes);
+                           }
+                       });
+        };
+        if (a.then) {
+            E* hidden = rows + a.block_rows * stride;
+            plain(hidden, hidden_stride);
+            for (int64_t c = a.outputs; c < depth_of<T>(a.outputs); ++c)
+                for (int64_t r = 0; r < count; ++r) hidden[r * hidden_stride + c] = E{};
+            gated(hidden, hidden_stride, a.then, a.then_bias, a.outputs, 0, a.then_outputs, a.then_outputs);
+        } else if (a.gate) {
+            gated(rows, stride, a.packed, a.bias, a.channels, begin, after, a.outputs);
+        } else {
+            plain(static_cast<T*>(a.y) + row0 * a.outputs, a.outputs);
+        }
+    });
+    if (partial) {
+        Image images = a;
+        images.channels = a.outputs;
+        sum_blocks(partial, a.outputs, static_cast<A*>(a.squares), images, threads);
+    }
+}
+
+static void pack(Dtype dtype, const PackArgs& a, int threads) {
+    by_dtype(dtype, [&](auto tag) { pack_typed<typename decltype(tag)::type>(a, threads); });
+}
+static void pointwise(Dtype dtype, const PointwiseArgs& a, int threads) {
+    by_dtypes(dtype, a.wide_stream, [&](auto stream, auto tag) {
+        pointwise_typed<typename decltype(stream)::type, typename decltype(tag)::type>(a, threads);
+    });
+}

@@ -1,0 +1,220 @@
+"""1x1 convolutions as native products with what surrounds them inside: csrc/cpu/gemm.h as functions of tensors."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dico_kernels._extension import available, call, extension
+from dico_kernels._memory import DTYPES, dense, image, kind, reduced, vector, wide_stream
+from dico_kernels._packed import packed
+from dico_kernels.dtypes import accumulation_dtype
+
+
+class Product(NamedTuple):
+    """What ``pointwise`` returns; None for what was not asked for.
+
+    y (N, K, H, W); before, like y, what GELU was applied to; mean and rstd (N, H, W) of adaLN; squares (N, K).
+    """
+
+    y: Tensor
+    before: Tensor | None = None
+    mean: Tensor | None = None
+    rstd: Tensor | None = None
+    squares: Tensor | None = None
+
+
+# Rows of an image that go through a product together: enough that a weight read from the third-level cache is used
+# often, few enough that they stay in the second and that a small batch occupies several threads.
+_ROWS = (32, 96)
+_BUFFER_BYTES = 3 << 18
+
+
+class _Scratch(threading.local):
+    """A thread's buffer, kept: fresh memory of this size costs a page fault each 4 KiB under glibc's defaults."""
+
+    def __init__(self) -> None:
+        self.bytes = torch.empty(0, dtype=torch.uint8)
+
+    def of(self, size: int) -> Tensor:
+        if self.bytes.numel() < size:
+            with torch.inference_mode(False):
+                self.bytes = torch.empty(size, dtype=torch.uint8)
+        return self.bytes
+
+
+_SCRATCH = _Scratch()
+
+
+def _block_rows(images: int, rows: int, inputs: int, size: int) -> int:
+    most = max(min(_ROWS[1], _BUFFER_BYTES // (inputs * size)), _ROWS[0])
+    wanted = min(max(-(-images * rows // 8), _ROWS[0]), most)
+    return -(-rows // -(-rows // wanted))
+
+
+@functools.cache
+def _multiplies(dtype: torch.dtype, isa: str) -> bool:
+    if dtype == torch.float32:
+        return isa in ("v4bf16", "v4")
+    matrix_units = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)  # the library's products use them
+    return dtype == torch.bfloat16 and isa == "v4bf16" and not matrix_units()
+
+
+def multiplies(weight: Tensor) -> bool:
+    """Whether ``pointwise`` is at least as fast as the library's product on this processor."""
+    return available() and weight.is_cpu and _multiplies(weight.dtype, extension().selected_isa())
+
+
+def form() -> str:
+    """Names the layout in which ``pack`` writes: that of the instruction set in use."""
+    return f"native {extension().selected_isa()}"
+
+
+def pack(weight: Tensor) -> Tensor:
+    """A weight (K, C), in any strides, or (K, C, 1, 1), as ``pointwise`` reads it: bytes."""
+    matrix = weight.reshape(weight.shape[0], weight.shape[1])
+    if matrix.dtype not in DTYPES:
+        raise ValueError(f"weight has dtype {weight.dtype}: expected a floating dtype")
+    size = extension().packed_size(DTYPES[matrix.dtype], *matrix.shape)
+    out = torch.empty(size, dtype=torch.uint8, device=weight.device)
+    call("pack", matrix, matrix, out, *matrix.shape, *matrix.stride())
+    return out
+
+
+def pointwise(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    eps: float = 1e-6,
+    statistics: bool = True,
+    s: Tensor | None = None,
+    plus: Tensor | None = None,
+    gelu: bool = False,
+    keep: bool = False,
+    squares: bool = False,
+    then: tuple[Tensor, Tensor | None] | None = None,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Product:
+    """1x1 convolution of an image: W x + b, with what stands before and behind it.
+
+    Args:
+        x: (N, C, H, W), channels_last, of weight's dtype; with adaLN also float32 beside a 16-bit weight.
+        weight: (K, C) or (K, C, 1, 1), in any strides; what pack() kept of it is used while it is valid.
+        bias: (K,) or None.
+        shift: (N, C) or (1, C), with scale: adaLN of x is multiplied.
+        scale: as shift.
+        eps: adaLN's.
+        statistics: return adaLN's.
+        s: (N, C) in the accumulation dtype: s * x is multiplied.
+        plus: (C,), with s: s * x + plus is.
+        gelu: GELU of the product, in its exact form.
+        keep: return what GELU is applied to.
+        squares: return the sums over (H, W) of y * y, (N, K) in the accumulation dtype.
+        then: a second weight (O, K) and bias (O,) or None, to multiply the first product by; with a gate.
+        gate: (N, K) or (1, K), with residual: y = residual + gate * product. Of the second product O for K.
+        residual: (N, K, H, W), channels_last, of weight's dtype, or float32 beside a 16-bit weight: y is as residual.
+
+    Raises:
+        ValueError: a wrong shape, layout, dtype or device, naming the argument; or options that exclude each other.
+    """
+    image("x", x)
+    n, c, h, w = x.shape
+    dtype = weight.dtype
+    outputs = last = _outputs("weight", weight, bias, c, dtype, x.device)
+    if then is not None:
+        last = _outputs("then", *then, outputs, dtype, x.device)
+    for first, second, names in ((shift, scale, "shift and scale"), (gate, residual, "gate and residual")):
+        if (first is None) != (second is None):
+            raise ValueError(f"{names} belong together: expected both or neither")
+    if (shift is not None and s is not None) or (gate is not None and then is None and (gelu or keep or squares)):
+        raise ValueError("expected adaLN or s, and of one product GELU or a gate, not both")
+    if then is not None and gate is None:
+        raise ValueError("gate is None: expected one with then")
+    wide, strides, mean, rstd = 0, (0, 0), None, None
+    if shift is not None and scale is not None:
+        wide = wide_stream(x, dtype)
+        strides = vector("shift", shift, x, dtype), vector("scale", scale, x, dtype)
+    else:
+        kind("x", x, dtype, x.device)
+        if s is not None:
+            dense("s", s, (n, c), accumulation_dtype(dtype), x.device)
+    if plus is not None:
+        if s is None:
+            raise ValueError("s is None: expected it with plus")
+        dense("plus", plus, (c,), dtype, x.device)
+    if gate is not None and residual is not None:
+        image("residual", residual)
+        if tuple(residual.shape) != (n, last, h, w):
+            raise ValueError(f"residual has shape {tuple(residual.shape)}: expected {(n, last, h, w)}")
+        wide = wide_stream(residual, dtype)
+        gate_stride = vector("gate", gate, residual, dtype)
+        if shift is not None and residual.dtype != x.dtype:
+            raise ValueError(f"residual has dtype {residual.dtype}: expected x's, {x.dtype}")
+    else:
+        gate_stride = 0
+    block = _block_rows(n, h * w, c + (0 if then is None else outputs), weight.element_size())
+    # Where images are too small to occupy the threads by themselves, so are their outputs divided.
+    blocks, threads = n * -(-h * w // block), torch.get_num_threads()
+    parts = 1 if blocks >= threads or not blocks else -(-threads // blocks)
+    if then is not None and parts > 1:
+        alone = pointwise(
+            x, weight, bias, shift=shift, scale=scale, eps=eps, statistics=statistics, s=s, plus=plus, gelu=gelu,
+            keep=keep, squares=squares,
+        )  # fmt: skip
+        return alone._replace(y=pointwise(alone.y, *then, gate=gate, residual=residual).y)
+    y = _image(x, outputs, dtype) if residual is None else torch.empty_like(residual)
+    before = _image(x, outputs, dtype) if keep else None
+    if shift is not None and statistics:
+        mean, rstd = reduced(x, n, h, w), reduced(x, n, h, w)
+    sums, partial = None, None
+    if squares:
+        sums, partial = reduced(x, n, outputs), reduced(x, blocks, outputs)
+    factor = _factor(weight)
+    second = then_bias = None
+    if then is not None:
+        second, then_bias = _factor(then[0]), then[1]
+    hidden = 0 if then is None else outputs
+    size = extension().pointwise_scratch(DTYPES[dtype], threads, c, hidden, block)
+    scratch = _SCRATCH.of(size)
+    call(
+        "pointwise", x, n, h * w, c, block, x, factor, bias, shift, scale, mean, rstd, s, plus, second, then_bias, gate,
+        residual, before, y, sums, partial, scratch, outputs, last, parts, int(gelu), *strides, gate_stride, eps, wide,
+        dtype=dtype,
+    )  # fmt: skip
+    return Product(y, before, mean, rstd, sums)
+
+
+def _outputs(
+    name: str, weight: Tensor, bias: Tensor | None, inputs: int, dtype: torch.dtype, device: torch.device
+) -> int:
+    """Check a weight and its bias; the number of outputs."""
+    k = weight.shape[0] if weight.ndim else 0
+    if tuple(weight.shape) not in ((k, inputs), (k, inputs, 1, 1)) or k == 0:
+        raise ValueError(
+            f"{name} has shape {tuple(weight.shape)}: expected (K, {inputs}) or (K, {inputs}, 1, 1), K > 0"
+        )
+    kind(name, weight, dtype, device)
+    if bias is not None:
+        dense(f"{name}'s bias", bias, (k,), dtype, device)
+    return k
+
+
+def _factor(weight: Tensor) -> Tensor:
+    kept = packed(weight, form())
+    return pack(weight) if kept is None else kept
+
+
+def _image(x: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
+    n, _, h, w = x.shape
+    return torch.empty((n, channels, h, w), dtype=dtype, device=x.device, memory_format=torch.channels_last)
+
+
+__all__ = ["Product", "form", "multiplies", "pack", "pointwise"]
