@@ -1,6 +1,6 @@
-"""pack and unpack: weights in oneDNN's own layouts, for sampling on a CPU.
+"""pack and unpack: weights in the layouts that products read, oneDNN's or the native kernels', for sampling on a CPU.
 
-Given a plain weight, oneDNN deals with its layout in every call: 5 to 20% of a product's time at the shapes of these
+Given a plain weight, each call deals with its layout: 5 to 20% of a product's time at the shapes of these
 models, half of a dense convolution's of one image, and most of a conditioning head's.
 """
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from dico_kernels import _gemm
 from dico_kernels._linear import linear
 from dico_kernels._packed import forget, keep, packed
 from dico_kernels.nn._fused import Fused
@@ -62,6 +63,13 @@ def _matrix(weight: Tensor) -> Tensor:
     return reordered
 
 
+def _keep_product(weight: Tensor, by_library: bool) -> bool:
+    """Keep a fused 1x1 convolution's weight for whoever multiplies by it."""
+    if not by_library and _gemm.multiplies(weight):
+        return keep(weight, _gemm.pack, _gemm.form())
+    return keep(weight, _matrix)
+
+
 def _pack_layer(layer: nn.Module) -> bool:
     """Pack a layer whose forward is called."""
     form: type[nn.Module]
@@ -91,7 +99,7 @@ def _pack_all(module: nn.Module, seen: set[int]) -> Iterator[bool]:
         for name in module.fused_products:
             layer = module._modules.get(name)
             if type(layer) is nn.Conv2d and layer.kernel_size == (1, 1):
-                yield keep(layer.weight, _matrix)
+                yield _keep_product(layer.weight, module.fused_by_library)
     yield _pack_layer(module)
     for name, child in module._modules.items():
         if child is not None and name not in skipped:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 import dico_kernels as dk
-from dico_kernels import _packed, native, packing
+from dico_kernels import _gemm, _packed, native, packing
 from dico_kernels.ops import pointwise
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs a torch with oneDNN")
@@ -27,12 +27,12 @@ def used(monkeypatch):
     """used(call): the call's result, and of how many products in it the weight was packed, and of how many not."""
     found: list[bool] = []
 
-    def spy(weight):
-        kept = _packed.packed(weight)
+    def spy(weight, form=_packed.ONEDNN):
+        kept = _packed.packed(weight, form)
         found.append(kept is not None)
         return kept
 
-    for user in (pointwise, native, packing):
+    for user in (pointwise, native, packing, _gemm):
         monkeypatch.setattr(user, "packed", spy)
 
     def run(call):
@@ -187,7 +187,8 @@ def test_changed_weights_are_never_stale(change, used):
     assert rel_rms(again, result) < 1e-6
 
 
-def test_without_onednn_the_originals_run(used):
+def test_without_onednn_the_originals_run(used, monkeypatch):
+    monkeypatch.setattr(_gemm, "_multiplies", lambda *_: False)
     model, inputs = fused("FCDM")
     dk.pack(model)
     with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):

@@ -244,8 +244,8 @@ def empty_acc(*shape: int, like: Tensor) -> Tensor:
 
 
 def batch_stride(v: Tensor) -> int:
-    """Elements from one sample's (N, C) vector to the next: 0 where one vector serves all."""
-    return 0 if v.shape[0] == 1 else v.shape[1]
+    """Elements from one sample's (N, C) vector, itself without gaps, to the next: 0 where one vector serves all."""
+    return 0 if v.shape[0] == 1 else v.stride(0)
 
 
 def cdiv(a: int, b: int) -> int:

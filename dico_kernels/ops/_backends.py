@@ -25,7 +25,8 @@ VARIABLE = "DICO_KERNELS_BACKEND"
 STRICT_VARIABLE = "DICO_KERNELS_STRICT"
 PRODUCTS_VARIABLE = "DICO_KERNELS_PRODUCTS"
 # Who multiplies in the branches: the library (cuBLAS, oneDNN) with fused passes around it, or a backend's own product
-# with all of that inside. "auto" is the library until a GPU has shown per level where the other is faster.
+# with all of that inside. "auto" is the native product on a CPU for which it is known to be as fast, and the library on
+# a GPU, until one has shown per level where the other is faster.
 PRODUCTS = ("auto", "library", "fused")
 _CUDA_ENTRIES = {"adaln_modulate"}  # what csrc/cuda has
 
@@ -119,7 +120,7 @@ def _checked_products(name: str, source: str) -> str:
 
 
 # What select found for an entry and a device, as long as the choice stands.
-Settled = dict[tuple[str, str], Callable[..., Any]]
+Settled = dict[tuple[str, str], Callable[..., Any] | None]
 
 
 class _Setting:
@@ -152,7 +153,8 @@ def backend(name: str, strict: bool = False, products: str = "auto") -> Iterator
         strict: raise BackendError where that backend cannot run an op. Otherwise the op falls back in auto's order,
             with one warning. With "auto", strict refuses the reference.
         products: who multiplies in conv_half, ffn_half and fcdm_block: "library" (cuBLAS, oneDNN), "fused" (the
-            backend's own product with everything around it inside; Triton has one), or "auto".
+            backend's own product with everything around it inside; Triton and native have one), or "auto": native's
+            where it is known to be as fast, else the library.
 
     Raises:
         ValueError: an unknown name.
@@ -210,6 +212,14 @@ def select(entry: str, x: Tensor) -> Callable[..., Any]:
 
 def optional(entry: str, x: Tensor) -> Callable[..., Any] | None:
     """An entry that a backend may do without: of the one that select would take, or None."""
+    settled, key = _SETTING.settled, (entry + "?", "cpu" if x.is_cpu else x.device.type)
+    if key in settled:
+        return settled[key]
+    settled[key] = found = _optional(entry, x)
+    return found
+
+
+def _optional(entry: str, x: Tensor) -> Callable[..., Any] | None:
     wanted = _SETTING.name
     for name in [*([] if wanted == "auto" else [wanted]), *_BACKENDS]:
         if name == "triton" and name != wanted and x.device.type != "cuda":
@@ -221,16 +231,28 @@ def optional(entry: str, x: Tensor) -> Callable[..., Any] | None:
     return None
 
 
+def own_product(x: Tensor, weight: Tensor) -> Callable[..., Any] | None:
+    """A backend's own 1x1 convolution of x with what surrounds it inside, where it is to run; else None."""
+    if _SETTING.products == "library":
+        return None
+    found = optional("pointwise", x)
+    if found is None or (_SETTING.products == "auto" and not native.multiplies(weight)):
+        return None
+    if _SETTING.record is not None:
+        _SETTING.record(Choice("pointwise", tuple(x.shape), weight.dtype, str(x.device), "native", {}))
+    return found
+
+
 def fused_products(entry: str, x: Tensor, weight: Tensor) -> Callable[..., Any] | None:
-    """A branch whose products are a backend's own, where that is asked for and can run; else None: the library's.
+    """A branch as one function of a backend's, its products its own, where that is asked for and can run; else None.
 
     Raises:
-        BackendError: strict, and what is asked for cannot run.
+        BackendError: strict, and neither that nor a product of the backend's own can run.
     """
     if _SETTING.products != "fused":
         return None
     found = None if x.dtype != weight.dtype else optional(entry, x)
-    if found is None and _SETTING.strict:
+    if found is None and _SETTING.strict and optional("pointwise", x) is None:
         why = f"x is {x.dtype}, weights {weight.dtype}" if x.dtype != weight.dtype else f"no backend has {entry}"
         raise BackendError(f"{entry} on {x.device} with products='fused': {why}")
     if found is not None and _SETTING.record is not None:

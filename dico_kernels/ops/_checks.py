@@ -90,6 +90,11 @@ def dense(v: Tensor | None) -> Tensor | None:
     return None if v is None else v.contiguous()
 
 
+def dense_rows(v: Tensor) -> Tensor:
+    """(N, C) each of whose rows has no gaps: itself, as a chunk of a wider matrix is, or a copy."""
+    return v if v.stride(1) == 1 else v.contiguous()
+
+
 def matrix(weight: Tensor) -> Tensor:
     """A 1x1 convolution's weight as its contiguous (K, C) matrix."""
     return weight.reshape(weight.shape[0], weight.shape[1]).contiguous()

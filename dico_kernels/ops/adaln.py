@@ -39,7 +39,7 @@ def _adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor,
     if x.shape[0] == 0:
         return _adaln_fake(x, shift, scale, eps)
     result: tuple[Tensor, Tensor, Tensor] = select("adaln_modulate", x)(
-        check.channels_last(x), shift.contiguous(), scale.contiguous(), eps
+        check.channels_last(x), check.dense_rows(shift), check.dense_rows(scale), eps
     )
     return result
 
@@ -53,7 +53,7 @@ def _adaln_backward(dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Te
     if x.shape[0] == 0:
         return _adaln_backward_fake(dy, x, scale, mean, rstd)
     result: tuple[Tensor, Tensor, Tensor] = select("adaln_modulate_backward", x)(
-        check.channels_last(dy), check.channels_last(x), scale.contiguous(), mean, rstd
+        check.channels_last(dy), check.channels_last(x), check.dense_rows(scale), mean, rstd
     )
     return result
 
@@ -127,7 +127,7 @@ def _gated(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     _check_gated(x, branch, gate)
     if x.shape[0] == 0:
         return check.empty_image(x)
-    y: Tensor = select("gated_residual", x)(check.channels_last(x), check.channels_last(branch), gate.contiguous())
+    y: Tensor = select("gated_residual", x)(check.channels_last(x), check.channels_last(branch), check.dense_rows(gate))
     return y
 
 
@@ -140,7 +140,7 @@ def _gated_backward(dy: Tensor, branch: Tensor, gate: Tensor) -> tuple[Tensor, T
     if dy.shape[0] == 0:
         return _gated_backward_fake(dy, branch, gate)
     result: tuple[Tensor, Tensor] = select("gated_residual_backward", dy)(
-        check.channels_last(dy), check.channels_last(branch), gate.contiguous()
+        check.channels_last(dy), check.channels_last(branch), check.dense_rows(gate)
     )
     return result
 
@@ -214,9 +214,9 @@ def _seam(
     result: tuple[Tensor, Tensor, Tensor, Tensor] = select("gated_residual_adaln", x)(
         check.channels_last(x),
         check.channels_last(branch),
-        gate.contiguous(),
-        shift.contiguous(),
-        scale.contiguous(),
+        check.dense_rows(gate),
+        check.dense_rows(shift),
+        check.dense_rows(scale),
         eps,
     )
     return result
@@ -236,7 +236,7 @@ def _seam_backward(
         return _seam_backward_fake(dy, dh, y, branch, gate, scale, mean, rstd)
     images = [check.channels_last(v) for v in (dy, dh, y, branch)]
     result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = select("gated_residual_adaln_backward", y)(
-        *images, gate.contiguous(), scale.contiguous(), mean, rstd
+        *images, check.dense_rows(gate), check.dense_rows(scale), mean, rstd
     )
     return result
 

@@ -107,16 +107,17 @@ def _conv(
     if x.shape[0] == 0:
         return _conv_result(x, w1, save)
     x = check.channels_last(x)
+    shift, scale, gate = check.dense_rows(shift), check.dense_rows(scale), check.dense_rows(gate)
     whole = fused_products("conv_half_forward", x, w1)
     if whole is not None:
         done = whole(
-            x, shift.contiguous(), scale.contiguous(), gate.contiguous(), check.matrix(w1), check.dense(b1),
+            x, shift, scale, gate, check.matrix(w1), check.dense(b1),
             dw.contiguous(), check.dense(db), check.matrix(wa), check.dense(ba), check.matrix(w2), check.dense(b2), eps,
         )  # fmt: skip
         return (done.out, *((done.y1, *done.statistics, done.pooled, done.attention) if save else nothing(x, 5)))
-    a, mean, rstd = select("adaln_modulate", x)(x, shift.contiguous(), scale.contiguous(), eps)
-    y1 = pw.from_rows(pw.linear(pw.rows(a), pw.matrix(w1, not save), check.dense(b1)), x)
-    del a
+    first = pw.product(x, w1, b1, frozen=not save, shift=shift, scale=scale, eps=eps)
+    y1, (mean, rstd) = first.y, pw.statistics_of(first) if save else nothing(x, 2)
+    del first
     both = optional("depthwise_sums", x)
     if both is not None:
         y2, sums = both(y1, dw.contiguous(), check.dense(db), True)
@@ -126,9 +127,7 @@ def _conv(
     if not save:
         del y1
     pooled, attention = attention_of(sums, x.shape[2] * x.shape[3], wa, ba)
-    y2 = select("channel_affine", x)(y2, attention, overwrite=True)
-    branch = pw.from_rows(pw.linear(pw.rows(y2), pw.matrix(w2, not save), check.dense(b2)), x)
-    out = select("gated_residual", x)(x, branch, gate.contiguous(), overwrite=True)
+    out = pw.product(y2, w2, b2, frozen=not save, s=attention, gate=gate, residual=x).y
     return (out, y1, mean, rstd, pooled, attention) if save else (out, *nothing(x, 5))
 
 
@@ -169,7 +168,7 @@ def _conv_backward(
     del dy2
     da = pw.from_rows(pw.input_gradient(pw.rows(dy1), m1), x)
     dx, a, dshift, dscale = select("adaln_modulate_backward_residual", x)(
-        da, check.channels_last(dy), x, shift.contiguous(), scale.contiguous(), mean, rstd
+        da, check.channels_last(dy), x, check.dense_rows(shift), check.dense_rows(scale), mean, rstd
     )
     dw1 = pw.rows(dy1).t() @ pw.rows(a)
     db1 = select("channel_sums", x)(dy1).sum(0)
@@ -298,28 +297,22 @@ def _ffn(
     if x.shape[0] == 0:
         return _ffn_result(x, w1, save, recompute)
     x = check.channels_last(x)
+    shift, scale, gate = check.dense_rows(shift), check.dense_rows(scale), check.dense_rows(gate)
     whole = fused_products("ffn_half_forward", x, w1)
     if whole is not None:
         keep = save and not recompute
         done = whole(
-            x, shift.contiguous(), scale.contiguous(), gate.contiguous(), check.matrix(w1), check.dense(b1),
+            x, shift, scale, gate, check.matrix(w1), check.dense(b1),
             check.matrix(w2), check.dense(b2), eps, keep=keep,
         )  # fmt: skip
         return (done.out, *((*done.statistics, done.h if keep else nothing(x, 1)[0]) if save else nothing(x, 3)))
-    a, mean, rstd = select("adaln_modulate", x)(x, shift.contiguous(), scale.contiguous(), eps)
-    m1, b1 = pw.matrix(w1, not save), check.dense(b1)
-    if save and not recompute:
-        h = pw.from_rows(pw.linear(pw.rows(a), m1, b1), x)
-        del a
-        hidden = pw.rows(select("gelu", x)(h, False)[0])
-    else:
-        (h,) = nothing(x, 1)
-        hidden = pw.linear_gelu(pw.rows(a), m1, b1)
-        del a
-    branch = pw.from_rows(pw.linear(hidden, pw.matrix(w2, not save), check.dense(b2)), x)
-    del hidden
-    out = select("gated_residual", x)(x, branch, gate.contiguous(), overwrite=True)
-    return (out, mean, rstd, h) if save else (out, *nothing(x, 3))
+    keep = save and not recompute
+    done = pw.product(
+        x, w1, b1, frozen=not save, shift=shift, scale=scale, eps=eps, gelu=True, keep=keep,
+        then=(w2, b2), gate=gate, residual=x,
+    )  # fmt: skip
+    h = nothing(x, 1)[0] if done.before is None else done.before
+    return (done.y, *pw.statistics_of(done), h) if save else (done.y, *nothing(x, 3))
 
 
 def _ffn_result(x: Tensor, w1: Tensor, save: bool, recompute: bool) -> tuple[Tensor, ...]:
@@ -342,11 +335,9 @@ def _ffn_backward(
     if x.shape[0] == 0:
         return zeroed(_ffn_gradients(x, w1, w2))
     x, dy, m1, m2 = check.channels_last(x), check.channels_last(dy), check.matrix(w1), check.matrix(w2)
-    shift, scale = shift.contiguous(), scale.contiguous()
+    shift, scale = check.dense_rows(shift), check.dense_rows(scale)
     if h.ndim == 1:
-        again, _, _ = select("adaln_modulate", x)(x, shift, scale, eps)
-        h = pw.from_rows(pw.linear(pw.rows(again), m1, check.dense(b1)), x)
-        del again
+        h = pw.product(x, w1, b1, frozen=False, shift=shift, scale=scale, eps=eps).y
     gate = gate.contiguous()
     dbranch, dy_narrow, sums = select("gate_gradient", x)(dy, gate)
     dhidden = pw.from_rows(pw.input_gradient(pw.rows(dbranch), m2), x)

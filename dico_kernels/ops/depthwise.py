@@ -140,7 +140,9 @@ def _da(
     if x.shape[0] == 0:
         return _da_fake(x, weight, bias, shift, scale, eps)
     z = select("depthwise", x)(check.channels_last(x), weight.contiguous(), check.dense(bias), False)
-    result: tuple[Tensor, Tensor, Tensor] = select("adaln_modulate", x)(z, shift.contiguous(), scale.contiguous(), eps)
+    result: tuple[Tensor, Tensor, Tensor] = select("adaln_modulate", x)(
+        z, check.dense_rows(shift), check.dense_rows(scale), eps
+    )
     return result
 
 
@@ -161,7 +163,7 @@ def _da_backward(
     x, weight = check.channels_last(x), weight.contiguous()
     z = select("depthwise", x)(x, weight, check.dense(bias), False)  # recomputed: cheaper than keeping an activation
     dz, dshift, dscale = select("adaln_modulate_backward", x)(
-        check.channels_last(dy), z, scale.contiguous(), mean, rstd
+        check.channels_last(dy), z, check.dense_rows(scale), mean, rstd
     )
     dx, dweight, dbias = select("depthwise_backward", x)(dz, x, weight, None, False)
     return dx, dweight.to(x.dtype), dbias.to(x.dtype), dshift, dscale

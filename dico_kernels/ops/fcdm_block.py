@@ -40,20 +40,16 @@ def _check(
     check.positive("grn_eps", grn_eps)
 
 
-def _bias(w2: Tensor, b2: Tensor | None, beta: Tensor) -> Tensor:
-    """pw2's bias with what it makes of GRN's beta: W (x + beta) + b = W x + (W beta + b)."""
-    through = check.matrix(w2) @ beta.contiguous().reshape(-1)
-    return through if b2 is None else through + b2
-
-
 def _hidden(
     x: Tensor, shift: Tensor, scale: Tensor, dw: Tensor, db: Tensor | None, w1: Tensor, b1: Tensor | None, eps: float,
-    frozen: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """pw1's output, and LayerNorm's mean and rstd."""
+    frozen: bool = False, gelu: bool = False, keep: bool = False,
+) -> pw.Product:  # fmt: skip
+    """The first product, of adaLN of the depthwise convolution; through GELU, and with the sums of its squares."""
     z = select("depthwise", x)(x.to(w1.dtype), dw.contiguous(), check.dense(db), False)
-    a, mean, rstd = select("adaln_modulate", x)(z, shift.contiguous(), scale.contiguous(), eps)
-    return pw.from_rows(pw.linear(pw.rows(a), pw.matrix(w1, frozen), check.dense(b1)), x), mean, rstd
+    return pw.product(
+        z, w1, b1, frozen=frozen, shift=check.dense_rows(shift), scale=check.dense_rows(scale), eps=eps, gelu=gelu,
+        keep=keep, squares=gelu,
+    )  # fmt: skip
 
 
 def _block(
@@ -65,24 +61,26 @@ def _block(
     if x.shape[0] == 0:
         return _result(x, w1, save, recompute)
     x = check.channels_last(x)
+    shift, scale, gate = check.dense_rows(shift), check.dense_rows(scale), check.dense_rows(gate)
     whole = fused_products("fcdm_block_forward", x, w1)
     if whole is not None:
         keep = save and not recompute
         done = whole(
-            x, shift.contiguous(), scale.contiguous(), gate.contiguous(), dw.contiguous(), check.dense(db),
+            x, shift, scale, gate, dw.contiguous(), check.dense(db),
             check.matrix(w1), check.dense(b1), gamma.contiguous().reshape(-1), beta.contiguous().reshape(-1),
             check.matrix(w2), check.dense(b2), ln_eps, grn_eps, keep=keep,
         )  # fmt: skip
         saved = (*done.statistics, done.norm, done.h if keep else nothing(x, 1)[0])
         return (done.out, *(saved if save else nothing(x, 4)))
-    h, mean, rstd = _hidden(x, shift, scale, dw, db, w1, b1, ln_eps, not save)
-    g, squares = select("gelu", x)(h, True)
-    if not save or recompute:
-        (h,) = nothing(x, 1)
-    norm = squares.sqrt()
-    g = select("channel_affine", x)(g, scale_of(norm, row(gamma, x), grn_eps), overwrite=True)
-    branch = pw.from_rows(pw.linear(pw.rows(g), pw.matrix(w2, not save), _bias(w2, b2, beta)), x)
-    out = select("gated_residual", x)(x, branch, gate.contiguous(), overwrite=True)
+    keep = save and not recompute
+    first = _hidden(x, shift, scale, dw, db, w1, b1, ln_eps, frozen=not save, gelu=True, keep=keep)
+    assert first.squares is not None
+    h = nothing(x, 1)[0] if first.before is None else first.before
+    mean, rstd = pw.statistics_of(first) if save else nothing(x, 2)
+    norm, g = first.squares.sqrt(), first.y
+    del first
+    s, plus = scale_of(norm, row(gamma, x), grn_eps), beta.contiguous().reshape(-1)
+    out = pw.product(g, w2, b2, frozen=not save, s=s, plus=plus, gate=gate, residual=x).y
     return (out, mean, rstd, norm, h) if save else (out, *nothing(x, 4))
 
 
@@ -109,7 +107,7 @@ def _backward(
     x, dy, dw = check.channels_last(x), check.channels_last(dy), dw.contiguous()
     m1, m2, wide_gamma = check.matrix(w1), check.matrix(w2), row(gamma, x)
     if h.ndim == 1:
-        h, _, _ = _hidden(x, shift, scale, dw, db, w1, b1, ln_eps, False)
+        h = _hidden(x, shift, scale, dw, db, w1, b1, ln_eps).y
     narrow_x = x.to(w1.dtype)
     s = scale_of(norm, wide_gamma, grn_eps)
     gate = gate.contiguous()
@@ -127,7 +125,7 @@ def _backward(
     da = pw.from_rows(pw.input_gradient(pw.rows(dh), m1), x)
     z = select("depthwise", x)(narrow_x, dw, check.dense(db), False)
     dz, a, dshift, dscale = select("adaln_modulate_backward_residual", x)(
-        da, None, z, shift.contiguous(), scale.contiguous(), mean, rstd
+        da, None, z, check.dense_rows(shift), check.dense_rows(scale), mean, rstd
     )
     dw1 = pw.rows(dh).t() @ pw.rows(a)
     dx, ddw, ddb = select("depthwise_backward", x)(dz, narrow_x, dw, None, False)

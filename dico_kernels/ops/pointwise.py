@@ -1,4 +1,4 @@
-"""1x1 convolutions as the library's matrix products on channels_last rows, and their gradients.
+"""1x1 convolutions with what surrounds them, by a backend's own product or the library's, and their gradients.
 
 Not ops of their own: the ops are made of these.
 """
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dico_kernels._gemm import Product
 from dico_kernels._linear import from_rows, linear, onednn_multiplies, rows
 from dico_kernels._packed import packed
 from dico_kernels.ops import _checks as check
-from dico_kernels.ops._backends import optional, select
+from dico_kernels.ops._backends import optional, own_product, select
 
 
 def matrix(weight: Tensor, frozen: bool) -> Tensor:
@@ -29,6 +30,86 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "none")
         return y
     return F.gelu(F.linear(x, weight, bias))
+
+
+def product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    frozen: bool,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    eps: float = 1e-6,
+    s: Tensor | None = None,
+    plus: Tensor | None = None,
+    gelu: bool = False,
+    keep: bool = False,
+    squares: bool = False,
+    then: tuple[Tensor, Tensor | None] | None = None,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Product:
+    """W x + b with what stands before and behind it, as ``native.pointwise`` has it; with s, x's memory may be taken.
+
+    Where no backend's own product is to run, the passes before and behind and the library's product, one by one.
+
+    Args:
+        x: (N, C, H, W), channels_last.
+        weight: (K, C) or (K, C, 1, 1).
+        bias: (K,) or None.
+        frozen: for inference: packed weights may be used, and adaLN's statistics are not wanted.
+        shift: with scale and eps: adaLN of x is multiplied.
+        scale: as shift.
+        eps: adaLN's.
+        s: s * x + plus is multiplied; (N, C), accumulation dtype.
+        plus: (C,) or None.
+        gelu: GELU of the product.
+        keep: return what GELU is applied to.
+        squares: return the sums over (H, W) of GELU's squares.
+        then: weight and bias of a second product, of what GELU gave.
+        gate: with residual: residual + gate * the last product is returned.
+        residual: see gate.
+    """
+    weights = (weight, bias) if then is None else (weight, bias, *then)
+    first, bias, *second = (check.dense(w) for w in weights)
+    assert first is not None
+    own = own_product(x, first)
+    if own is not None:
+        found: Product = own(
+            x, first, bias, shift=shift, scale=scale, eps=eps, s=s, plus=plus, gelu=gelu, keep=keep, squares=squares,
+            then=tuple(second) or None, statistics=not frozen, gate=gate, residual=residual,
+        )  # fmt: skip
+        return found
+    a, mean, rstd, before, sums = x, None, None, None, None
+    if shift is not None:
+        a, mean, rstd = select("adaln_modulate", x)(x, shift, scale, eps)
+    elif s is not None:
+        a = select("channel_affine", x)(x, s, overwrite=True)
+    if plus is not None:  # W (x + plus) + b = W x + (W plus + b)
+        through = check.matrix(weight) @ plus
+        bias = through if bias is None else through + bias
+    m = matrix(weight, frozen)
+    if gelu and not keep and not squares:
+        y = from_rows(linear_gelu(rows(a), m, bias), x)
+    else:
+        y = from_rows(linear(rows(a), m, bias), x)
+    del a
+    if gelu and (keep or squares):
+        before = y if keep else None
+        y, sums = select("gelu", x)(y, squares)
+    if then is not None:
+        y = from_rows(linear(rows(y), matrix(then[0], frozen), second[1]), x)
+    if gate is not None:
+        y = select("gated_residual", x)(residual, y, gate, overwrite=True)
+    return Product(y, before, mean, rstd, sums)
+
+
+def statistics_of(product: Product) -> tuple[Tensor, Tensor]:
+    """LayerNorm's mean and 1 / deviation of a product that began with adaLN."""
+    assert product.mean is not None
+    assert product.rstd is not None
+    return product.mean, product.rstd
 
 
 def input_gradient(dy: Tensor, weight: Tensor) -> Tensor:
@@ -108,4 +189,4 @@ def _by_products(
     return torch.cat(dgates), dweight, None if s is None else torch.cat(dscales)
 
 
-__all__ = ["from_rows", "gated_gradients", "input_gradient", "linear", "linear_gelu", "matrix", "rows"]
+__all__ = ["Product", "from_rows", "gated_gradients", "input_gradient", "linear", "product", "rows", "statistics_of"]

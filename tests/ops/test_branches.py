@@ -133,6 +133,38 @@ def test_bytes_saved_by_a_block(width, side, dtype):
         assert less[index] <= limit_less * eager[index], (less[index] / eager[index], index)
 
 
+@pytest.mark.parametrize("products", ["fused", "library"])
+@pytest.mark.skipif("native" not in backends(), reason="the extension is not built")
+class TestNativeProducts:
+    """Both ways to multiply on a CPU: which one "auto" takes depends on processor and dtype."""
+
+    @pytest.fixture(autouse=True)
+    def way(self, products):
+        with dk.backend("native", strict=True, products=products):
+            yield
+
+    @pytest.mark.parametrize("shape", [(2, 24, 5, 6), (3, 17, 8, 8), (1, 5, 1, 1), (2, 64, 12, 9)], ids=str)
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.usefixtures("poisoned")
+    def test_against_float64(self, case, shape, dtype):
+        check_against_float64(case, case.arguments(shape), dtype, "cpu")
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_a_float32_stream_beside_narrow_weights(self, case, dtype):
+        test_a_float32_stream_beside_narrow_weights(case, "native", "cpu", dtype, (2, 12, 4, 5))
+
+    def test_without_gradients_the_same(self, case):
+        arguments = [a.float() for a in case.arguments((2, 24, 5, 6))]
+        with torch.no_grad():
+            alone = case.op(*arguments)
+        assert rel_rms(alone, case.op(*(a.requires_grad_() for a in arguments))) < 1e-6
+
+    def test_the_choice_is_explained(self, case, products):
+        arguments = [a.float() for a in case.arguments((1, 16, 4, 4))]
+        entries = [row.choice.entry for row in dk.explain(case.op, *arguments)]
+        assert ("pointwise" in entries, "adaln_modulate" in entries) == (products == "fused", products == "library")
+
+
 class TestFusedProducts:
     """The products as Triton's own kernel, with what surrounds them inside."""
 
