@@ -159,6 +159,10 @@ PYBIND11_MODULE(_C, m) {
     bind(m, "shuffle_scatter", &Kernels::shuffle_scatter, &P::up, &P::skip, &P::cat, &P::rows, &P::width,
          &P::channels, &P::skip_channels);
 
+    using GS = dico::GrnScaleArgs;
+    bind(m, "grn_scale", &Kernels::grn_scale, &GS::squares, &GS::gamma, &GS::norm, &GS::s, &GS::images,
+         &GS::channels, &GS::eps);
+
     using E = dico::GeluArgs;
     bind_rows(m, "gelu", &Kernels::gelu, &E::x, &E::y, &E::sums, &E::partial);
     using EB = dico::GeluBackwardArgs;

@@ -90,6 +90,7 @@ def pointwise(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
+    kept: Tensor | None = None,
     shift: Tensor | None = None,
     scale: Tensor | None = None,
     eps: float = 1e-6,
@@ -109,6 +110,7 @@ def pointwise(
         x: (N, C, H, W), channels_last, of weight's dtype; with adaLN also float32 beside a 16-bit weight.
         weight: (K, C) or (K, C, 1, 1), in any strides; what pack() kept of it is used while it is valid.
         bias: (K,) or None.
+        kept: pack(weight), where the caller has it.
         shift: (N, C) or (1, C), with scale: adaLN of x is multiplied.
         scale: as shift.
         eps: adaLN's.
@@ -177,7 +179,7 @@ def pointwise(
     sums, partial = None, None
     if squares:
         sums, partial = reduced(x, n, outputs), reduced(x, blocks, outputs)
-    factor = _factor(weight)
+    factor = _factor(weight) if kept is None else kept
     second = then_bias = None
     if then is not None:
         second, then_bias = _factor(then[0]), then[1]
@@ -190,6 +192,13 @@ def pointwise(
         dtype=dtype,
     )  # fmt: skip
     return Product(y, before, mean, rstd, sums)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, kept: Tensor | None = None) -> Tensor:
+    """x W^T + b for x (..., C), not empty, weight (K, C) and bias (K,) or None: (..., K); kept as in pointwise."""
+    rows = x.reshape(1, -1, 1, x.shape[-1]).contiguous()
+    y = pointwise(rows.permute(0, 3, 1, 2), weight, bias, kept=kept).y
+    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
 
 
 def _outputs(
@@ -217,4 +226,4 @@ def _image(x: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     return torch.empty((n, channels, h, w), dtype=dtype, device=x.device, memory_format=torch.channels_last)
 
 
-__all__ = ["Product", "form", "multiplies", "pack", "pointwise"]
+__all__ = ["Product", "form", "linear", "multiplies", "pack", "pointwise"]

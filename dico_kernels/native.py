@@ -237,6 +237,21 @@ def channel_affine(
     return y
 
 
+def grn_scale(squares: Tensor, gamma: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Of global response normalisation: (norm, 1 + gamma * norm / (mean over channels of norm + eps)).
+
+    squares, the sums over (H, W) of x * x, and both results are (N, C) in the accumulation dtype; gamma is (C,) of x's.
+    """
+    n, c = squares.shape
+    if gamma.dtype not in DTYPES:
+        raise ValueError(f"gamma has dtype {gamma.dtype}: expected a floating dtype")
+    dense("squares", squares, (n, c), accumulation_dtype(gamma.dtype), squares.device)
+    dense("gamma", gamma, (c,), gamma.dtype, squares.device)
+    norm, s = torch.empty_like(squares), torch.empty_like(squares)
+    call("grn_scale", squares, squares, gamma, norm, s, n, c, eps, dtype=gamma.dtype)
+    return norm, s
+
+
 # ---- channel attention's gate: csrc/cpu/attention.h ----
 
 
@@ -364,11 +379,15 @@ def pixel_shuffle_skip(up: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | 
     k, wide = matrix.shape
     if bias is not None:
         dense("bias", bias, (k,), up.dtype, up.device)
-    out, kept = None, packed(weight)
+    out, own = None, multiplies(weight)
+    kept = None if own else packed(weight)
     for part, pixels, cat in _shuffle_chunks(small, wide):
         sizes = (part.stop - part.start, small.shape[1], small.shape[2] // 4, large.shape[2])
         call("shuffle_gather", up, small[part], large[part], cat, *sizes)
-        product = linear(cat, matrix if kept is None else kept, bias)
+        if own:
+            product = rows(pointwise(cat[None, :, None].permute(0, 3, 1, 2), weight, bias).y)
+        else:
+            product = linear(cat, matrix if kept is None else kept, bias)
         if part.stop - part.start == small.shape[0]:
             return from_rows(product, skip)
         if out is None:

@@ -16,21 +16,19 @@ from torch.autograd import forward_ad
 
 from dico_kernels import _gemm
 from dico_kernels._linear import linear
-from dico_kernels._packed import forget, keep, packed
+from dico_kernels._packed import ONEDNN, forget, keep, packed
 from dico_kernels.nn._fused import Fused
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def _usable(x: Any, weight: Tensor) -> Tensor | None:
-    """The packed weight, where a call may use it: without gradients, and not where others look on."""
+def _usable(x: Any, weight: Tensor) -> bool:
+    """Whether a call may use a packed weight: without gradients, and not where others look on."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor:
-        return None
+        return False
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return None
-    if not x.is_cpu or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
-        return None
-    return packed(weight)
+        return False
+    return x.is_cpu and x.dtype == weight.dtype and x.numel() > 0 and not torch.is_autocast_enabled("cpu")
 
 
 class PackedConv2d(nn.Conv2d):
@@ -38,7 +36,7 @@ class PackedConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, K, H', W')."""
-        kept = _usable(x, self.weight) if x.ndim == 4 and x.numel() else None
+        kept = packed(self.weight) if x.ndim == 4 and _usable(x, self.weight) else None
         if kept is None:
             return super().forward(x)
         how = (self.padding, self.stride, self.dilation, self.groups)
@@ -51,8 +49,13 @@ class PackedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., K)."""
-        kept = _usable(x, self.weight) if x.numel() else None
-        return super().forward(x) if kept is None else linear(x, kept, self.bias)
+        if not _usable(x, self.weight):
+            return super().forward(x)
+        own = _gemm.multiplies(self.weight)
+        kept = packed(self.weight, _gemm.form() if own else ONEDNN)
+        if kept is None:
+            return super().forward(x)
+        return _gemm.linear(x, self.weight, self.bias, kept) if own else linear(x, kept, self.bias)
 
 
 _PLAIN: dict[type[nn.Module], type[nn.Module]] = {PackedConv2d: nn.Conv2d, PackedLinear: nn.Linear}
@@ -63,9 +66,9 @@ def _matrix(weight: Tensor) -> Tensor:
     return reordered
 
 
-def _keep_product(weight: Tensor, by_library: bool) -> bool:
-    """Keep a fused 1x1 convolution's weight for whoever multiplies by it."""
-    if not by_library and _gemm.multiplies(weight):
+def _keep_product(weight: Tensor) -> bool:
+    """Keep the weight of a fused 1x1 convolution or linear layer for whoever multiplies by it."""
+    if _gemm.multiplies(weight):
         return keep(weight, _gemm.pack, _gemm.form())
     return keep(weight, _matrix)
 
@@ -74,7 +77,7 @@ def _pack_layer(layer: nn.Module) -> bool:
     """Pack a layer whose forward is called."""
     form: type[nn.Module]
     if isinstance(layer, nn.Linear) and type(layer) in (nn.Linear, PackedLinear):
-        done, form = keep(layer.weight, _matrix), PackedLinear
+        done, form = _keep_product(layer.weight), PackedLinear
     elif isinstance(layer, nn.Conv2d) and type(layer) in (nn.Conv2d, PackedConv2d):
         if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
             return False
@@ -99,7 +102,7 @@ def _pack_all(module: nn.Module, seen: set[int]) -> Iterator[bool]:
         for name in module.fused_products:
             layer = module._modules.get(name)
             if type(layer) is nn.Conv2d and layer.kernel_size == (1, 1):
-                yield _keep_product(layer.weight, module.fused_by_library)
+                yield _keep_product(layer.weight)
     yield _pack_layer(module)
     for name, child in module._modules.items():
         if child is not None and name not in skipped:

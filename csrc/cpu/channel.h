@@ -57,6 +57,28 @@ static void channel_affine_typed(const ChannelAffineArgs& a, int threads) {
     });
 }
 
+// What global response normalisation multiplies by, from the sums of squares: a few rows, on one thread.
+template <class T>
+static void grn_scale_typed(const GrnScaleArgs& a) {
+    using A = acc_t<T>;
+    const T* gamma = static_cast<const T*>(a.gamma);
+    for (int64_t image = 0; image < a.images; ++image) {
+        const A* squares = static_cast<const A*>(a.squares) + image * a.channels;
+        A* norm = static_cast<A*>(a.norm) + image * a.channels;
+        A* s = static_cast<A*>(a.s) + image * a.channels;
+        A sum = 0;
+        for (int64_t c = 0; c < a.channels; ++c) norm[c] = sqrt_of(squares[c]);
+        for (int64_t c = 0; c < a.channels; ++c) sum += norm[c];
+        const A by = 1 / (sum / static_cast<A>(a.channels) + static_cast<A>(a.eps));
+        each_vector<T>(a.channels, [&](int64_t c, auto lanes) {
+            vstore(s + c, vload(gamma + c, lanes) * (vload(norm + c, lanes) * by) + A(1), lanes);
+        });
+    }
+}
+
+static void grn_scale(Dtype dtype, const GrnScaleArgs& a, int) {
+    by_dtype(dtype, [&](auto tag) { grn_scale_typed<typename decltype(tag)::type>(a); });
+}
 static void channel_sums(Dtype dtype, const ChannelSumArgs& a, int threads) {
     by_dtype(dtype, [&](auto tag) { channel_sums_typed<false, typename decltype(tag)::type>(a, threads); });
 }

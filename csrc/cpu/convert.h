@@ -54,6 +54,25 @@ using vec_t = typename vector_of<acc_t<T>>::type;
 template <class T>
 constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(acc_t<T>));
 
+// What the factors of a product are held as: the accumulation type, or bfloat16 where the processor multiplies
+// pairs of it.
+template <class T>
+struct Operand {
+    using type = acc_t<T>;
+    static constexpr int kPair = 1;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct Operand<bf16> {
+    using type = bf16;
+    static constexpr int kPair = 2;
+};
+#endif
+template <class T>
+using operand_t = typename Operand<T>::type;
+template <class T>
+constexpr int kPair = Operand<T>::kPair;
+
 DICO_INLINE float load(const float* p) { return *p; }
 DICO_INLINE double load(const double* p) { return *p; }
 DICO_INLINE float load(const bf16* p) {
@@ -105,6 +124,13 @@ DICO_INLINE void vstore(fp16* p, vfloat v) {
     const vhalf narrow = __builtin_convertvector(half | ((wide >> 16) & 0x8000u), vhalf);
     __builtin_memcpy(p, &narrow, sizeof narrow);
 }
+#if defined(__AVX512BF16__)
+// The processor's own rounding takes subnormal numbers, results too, for zero, as its products do.
+DICO_INLINE void vstore(bf16* p, vfloat v) {
+    const __m256bh narrow = _mm512_cvtneps_pbh((__m512)v);
+    __builtin_memcpy(p, &narrow, sizeof narrow);
+}
+#else
 DICO_INLINE void vstore(bf16* p, vfloat v) {
     const vuint wide = (vuint)v;
     const vuint nearest_even = wide + 0x7fffu + ((wide >> 16) & 1u);
@@ -113,6 +139,7 @@ DICO_INLINE void vstore(bf16* p, vfloat v) {
     const vhalf narrow = __builtin_convertvector(chosen >> 16, vhalf);
     __builtin_memcpy(p, &narrow, sizeof narrow);
 }
+#endif
 
 // Channels come in whole vectors and perhaps a last, partial one. A kernel's body is written once over a number of
 // lanes that is either Whole or a count; what a partial load leaves out is zero.

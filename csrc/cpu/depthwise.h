@@ -59,8 +59,14 @@ static void transpose_taps(const T* weight, vec_t<T>* taps, int64_t channels, in
             }
 }
 
-// k rows of kRingVectors vectors of channels, one of them after the other; row r of the image lies in slot r mod k.
+// Whether a row is summed by the processor's products of pairs of bfloat16, which take subnormal numbers for zero.
 template <class T, int K>
+struct InPairs {
+    static constexpr bool value = kPair<T> == 2 && K >= 5;
+};
+
+// k rows of kRingVectors vectors of channels, one of them after the other; row r of the image lies in slot r mod k.
+template <class T, int K, bool Pairs = false>
 struct Ring {
     using V = vec_t<T>;
     V* data;
@@ -88,7 +94,13 @@ struct Ring {
         for (int64_t w = 0; w < width; ++w, from += stride) {
             V* to = inside(r, 0) + w;
             each_vector<T>(channels, [&](int64_t c, auto lanes) {
-                *to = vload(from + c, lanes);
+                if constexpr (Pairs) {  // in each lane a pixel and, above it, its right neighbour
+                    const vuint pixel = (vuint)vload(from + c, lanes);
+                    to[-1] = (V)((w ? (vuint)to[-1] : vuint{}) | pixel);
+                    to[0] = (V)(pixel >> 16);
+                } else {
+                    *to = vload(from + c, lanes);
+                }
                 to += K * padded;
             });
         }
@@ -119,6 +131,48 @@ DICO_INLINE void stencil(const V* const* rows, const V* taps, V bias, int64_t wi
         for (int64_t t = 0; t < count; ++t) emit(w + t, sum[t]);
     }
 }
+
+#if defined(__AVX512BF16__)
+// Of each row's taps pairs, and the last one by itself: what it would be paired with is no pixel of this kernel's.
+template <int K>
+static void pair_taps(vfloat* taps, int64_t vectors) {
+#pragma omp for schedule(static)
+    for (int64_t v = 0; v < vectors; ++v)
+        for (int i = 0; i < K; ++i) {
+            vfloat* row = taps + (v * K + i) * K;
+            for (int m = 0; m < K / 2; ++m) row[m] = (vfloat)(((vuint)row[2 * m] >> 16) | (vuint)row[2 * m + 1]);
+            row[K / 2] = row[K - 1];
+        }
+}
+
+// As stencil, of rows and taps in pairs.
+template <int K, class Emit>
+DICO_INLINE void stencil_in_pairs(const vfloat* const* rows, const vfloat* taps, vfloat bias, int64_t width,
+                                  Emit emit) {
+    for (int64_t w = 0; w < width; w += kTile) {
+        vfloat sum[kTile];
+#pragma GCC unroll 8
+        for (int t = 0; t < kTile; ++t) sum[t] = bias;
+        for (int i = 0; i < K; ++i) {
+            vfloat tap[K / 2 + 1];
+#pragma GCC unroll 8
+            for (int j = 0; j <= K / 2; ++j) tap[j] = taps[i * K + j];
+#pragma GCC unroll 16
+            for (int p = 0; p < kTile + K - 2; ++p) {
+                const vfloat pair = rows[i][w + p];
+#pragma GCC unroll 8
+                for (int m = 0; m < K / 2; ++m)
+                    if (p - 2 * m >= 0 && p - 2 * m < kTile)
+                        sum[p - 2 * m] =
+                            (vfloat)_mm512_dpbf16_ps((__m512)sum[p - 2 * m], (__m512bh)pair, (__m512bh)tap[m]);
+                if (p - (K - 2) >= 0) sum[p - (K - 2)] += (vfloat)((vuint)pair & 0xffff0000u) * tap[K / 2];
+            }
+        }
+        const int64_t count = width - w < kTile ? width - w : kTile;
+        for (int64_t t = 0; t < count; ++t) emit(w + t, sum[t]);
+    }
+}
+#endif
 
 // sums[i * K + j] += the sum over a row of d[w] * rows[i][w + j], sums[K * K] += that of d. A 3 x 3 kernel's nine
 // sums are formed together, as three would wait for one another; a wider kernel's rows have sums enough each.
@@ -161,6 +215,7 @@ template <class T, int K>
 static void depthwise_typed(const DepthwiseArgs& a, int threads) {
     using V = vec_t<T>;
     constexpr int L = kLanes<T>;
+    constexpr bool Pairs = InPairs<T, K>::value;
     const DepthwiseShape shape = depthwise_shape<T>(a.channels, a.width, K, false);
     V* const taps = static_cast<V*>(a.scratch);
     const int64_t row_blocks = (a.height + a.block_height - 1) / a.block_height;
@@ -169,9 +224,12 @@ static void depthwise_typed(const DepthwiseArgs& a, int threads) {
     {
         V* const own = taps + shape.taps + thread_number() * shape.per_thread;
         for (int64_t w = 0; w < shape.padded; ++w) own[w] = V{};
-        const Ring<T, K> ring = {own + shape.padded, own, shape.padded, a.height, a.width};
+        const Ring<T, K, Pairs> ring = {own + shape.padded, own, shape.padded, a.height, a.width};
         ring.clear_padding();
         transpose_taps(static_cast<const T*>(a.weight), taps, a.channels, K * K);
+#if defined(__AVX512BF16__)
+        if constexpr (Pairs) pair_taps<K>(taps, shape.taps / (K * K));
+#endif
 #pragma omp for schedule(static)
         for (int64_t unit = 0; unit < units; ++unit) {
             const int64_t c0 = unit % shape.channel_units * kRingVectors * L;
@@ -194,10 +252,17 @@ static void depthwise_typed(const DepthwiseArgs& a, int threads) {
                     T* to = y + r * row_stride + c;
                     const V bias = bias_of<T>(a.bias, c0 + c, channels - c);
                     V total = {};
-                    stencil<K, false>(rows, taps + (c0 + c) / L * K * K, bias, a.width, [&](int64_t w, V sum) {
+                    const V* const own_taps = taps + (c0 + c) / L * K * K;
+                    const auto emit = [&](int64_t w, V sum) {
                         vstore(to + w * a.channels, a.gelu ? gelu<T>(sum) : sum, lanes);
                         if (a.sums) total += vload(to + w * a.channels, lanes);  // of the rounded values
-                    });
+                    };
+#if defined(__AVX512BF16__)
+                    if constexpr (Pairs)
+                        stencil_in_pairs<K>(rows, own_taps, bias, a.width, emit);
+                    else
+#endif
+                        stencil<K, false>(rows, own_taps, bias, a.width, emit);
                     totals[c / L] += total;
                 });
             }

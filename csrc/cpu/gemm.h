@@ -15,23 +15,6 @@ constexpr int kTileVectors = 4;
 constexpr int kTileVectors = 2;
 #endif
 
-// What the factors are held as: the accumulation type, or bfloat16 where the processor multiplies pairs of it.
-template <class T>
-struct Operand {
-    using type = acc_t<T>;
-    static constexpr int kPair = 1;
-};
-#if defined(__AVX512BF16__)
-template <>
-struct Operand<bf16> {
-    using type = bf16;
-    static constexpr int kPair = 2;
-};
-#endif
-template <class T>
-using operand_t = typename Operand<T>::type;
-template <class T>
-constexpr int kPair = Operand<T>::kPair;
 template <class T>
 constexpr int64_t kPanel = kTileVectors * kLanes<T>;
 
@@ -64,23 +47,6 @@ static int64_t pointwise_scratch(Dtype dtype, int64_t inputs, int64_t hidden, in
         bytes = threads * block_rows * row * static_cast<int64_t>(sizeof(operand_t<T>));
     });
     return bytes;
-}
-
-// Rounded by the processor where it multiplies bfloat16: that takes subnormal numbers, results too, for zero, as
-// its products do.
-template <class E>
-DICO_INLINE void put(E* to, vec_t<E> v, Whole) {
-    vstore(to, v);
-}
-#if defined(__AVX512BF16__)
-DICO_INLINE void put(bf16* to, vfloat v, Whole) {
-    const __m256bh narrow = _mm512_cvtneps_pbh((__m512)v);
-    __builtin_memcpy(to, &narrow, sizeof narrow);
-}
-#endif
-template <class E>
-DICO_INLINE void put(E* to, vec_t<E> v, int lanes) {
-    vstore(to, v, lanes);
 }
 
 template <class T>
@@ -271,7 +237,7 @@ DICO_INLINE void prepare(const PointwiseArgs& a, int64_t image, int64_t row, int
                 vec_t<T> v = vload(x + r * a.channels + c, lanes);
                 if (s) v *= vload(s + c, lanes);
                 if (plus) v += vload(plus + c, lanes);
-                put(to + r * stride + c, v, lanes);
+                vstore(to + r * stride + c, v, lanes);
             });
         });
     }
@@ -307,12 +273,12 @@ static void pointwise_typed(const PointwiseArgs& a, int threads) {
                            V squares = {};
                            for (int64_t i = 0; i < n; ++i) {
                                V value = from[i * next] + plus;
-                               if (before) put(before + (row0 + m + i) * a.outputs + c, value, lanes);
+                               if (before) vstore(before + (row0 + m + i) * a.outputs + c, value, lanes);
                                if (a.gelu) value = gelu<T>(value);
                                auto* to = y + (m + i) * y_stride + c;
                                // As if it had been written: the second product may be a call of its own.
                                if constexpr (sizeof(*to) != sizeof(T)) value = rounded<T>(value);
-                               put(to, value, lanes);
+                               vstore(to, value, lanes);
                                if (sums)
                                    value = vload(to, lanes), squares += value * value;  // of the rounded values
                            }
@@ -328,8 +294,8 @@ static void pointwise_typed(const PointwiseArgs& a, int threads) {
                            const V plus = bias ? vload(bias + c, lanes) : V{}, by = vload(gate + c, lanes);
                            for (int64_t i = 0; i < n; ++i) {
                                const int64_t at = (row0 + m + i) * outputs + c;
-                               put(static_cast<S*>(a.y) + at,
-                                   vload(residual + at, lanes) + by * (from[i * next] + plus), lanes);
+                               vstore(static_cast<S*>(a.y) + at,
+                                      vload(residual + at, lanes) + by * (from[i * next] + plus), lanes);
                            }
                        });
         };

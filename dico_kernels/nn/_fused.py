@@ -69,7 +69,6 @@ class Fused(nn.Module):
         fused_arity: how many inputs forward takes.
         fused_joined: children that are bypassed while they are plain, and called otherwise.
         fused_products: names of the 1x1 convolutions whose weights are multiplied as they are, which pack() packs.
-        fused_by_library: whether the library multiplies them always, never a backend's own product.
         fused_original: the class that fuse() replaced; None for a class of ``dico_kernels.nn``.
     """
 
@@ -79,7 +78,6 @@ class Fused(nn.Module):
     fused_arity: ClassVar[int] = 2
     fused_joined: ClassVar[tuple[str, ...]] = ()
     fused_products: ClassVar[tuple[str, ...]] = ()
-    fused_by_library: ClassVar[bool] = False
 
     def why_unfused(self, sharded: bool = False) -> str | None:
         """Why the unfused forward runs at present, or None.

@@ -67,7 +67,6 @@ class FusedUShape(Fused):
         *("up3_2", "up2_1", "reduce_chan_level2", "reduce_chan_level1", "reduce_chans_2", "reduce_chans_1"),
     )
     fused_products: ClassVar[tuple[str, ...]] = fused_joined[2:]
-    fused_by_library: ClassVar[bool] = True
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """See reference.DiCo and reference.FCDM; the output is channels_last."""

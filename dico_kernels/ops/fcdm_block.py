@@ -11,7 +11,7 @@ from dico_kernels.ops import pointwise as pw
 from dico_kernels.ops._backends import fused_products, select
 from dico_kernels.ops._library import only_needed, reduce_to, register
 from dico_kernels.ops.block import check_stream, nothing, per_sample, refuse_unsaved, statistics, to_save, zeroed
-from dico_kernels.ops.grn import check_parameter, row, scale_gradients, scale_of
+from dico_kernels.ops.grn import check_parameter, norm_and_scale, row, scale_gradients, scale_of
 
 _ARGUMENTS = (
     "Tensor x, Tensor shift, Tensor scale, Tensor gate, Tensor dw_weight, Tensor? dw_bias, Tensor pw1_weight, "
@@ -77,9 +77,9 @@ def _block(
     assert first.squares is not None
     h = nothing(x, 1)[0] if first.before is None else first.before
     mean, rstd = pw.statistics_of(first) if save else nothing(x, 2)
-    norm, g = first.squares.sqrt(), first.y
+    norm, s = norm_and_scale(first.squares, gamma, grn_eps)
+    g, plus = first.y, beta.contiguous().reshape(-1)
     del first
-    s, plus = scale_of(norm, row(gamma, x), grn_eps), beta.contiguous().reshape(-1)
     out = pw.product(g, w2, b2, frozen=not save, s=s, plus=plus, gate=gate, residual=x).y
     return (out, mean, rstd, norm, h) if save else (out, *nothing(x, 4))
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dico_kernels.dtypes import accumulation_dtype
 from dico_kernels.ops import _checks as check
-from dico_kernels.ops._backends import select
+from dico_kernels.ops._backends import optional, select
 from dico_kernels.ops._library import only_needed, register
 
 
@@ -37,6 +37,16 @@ def scale_of(norm: Tensor, gamma: Tensor, eps: float) -> Tensor:
     return 1 + gamma * (norm / (norm.mean(1, keepdim=True) + eps))
 
 
+def norm_and_scale(squares: Tensor, gamma: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(norm, scale_of(norm, ...)) of the sums of squares over pixels, (N, C); gamma as the module has it."""
+    kernel = optional("grn_scale", squares)
+    if kernel is not None:
+        found: tuple[Tensor, Tensor] = kernel(squares, gamma.contiguous().reshape(-1), eps)
+        return found
+    norm = squares.sqrt()
+    return norm, scale_of(norm, gamma.reshape(1, -1).to(squares.dtype), eps)
+
+
 def scale_gradients(dscale: Tensor, norm: Tensor, gamma: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Of scale_of: (dgamma (C,), what multiplies x in its gradient through the norms (N, C))."""
     mean = norm.mean(1, keepdim=True) + eps
@@ -52,8 +62,8 @@ def _grn(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Te
     if x.shape[0] == 0:
         return _fake(x, gamma, beta, eps)
     x = check.channels_last(x)
-    norm: Tensor = select("channel_dots", x)(x, x).sqrt()
-    y: Tensor = select("channel_affine", x)(x, scale_of(norm, row(gamma, x), eps), shift=row(beta, x))
+    norm, s = norm_and_scale(select("channel_dots", x)(x, x), gamma, eps)
+    y: Tensor = select("channel_affine", x)(x, s, shift=row(beta, x))
     return y, norm
 
 

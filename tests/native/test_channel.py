@@ -104,3 +104,24 @@ def test_every_float16_value_survives_its_conversions(isa):
     rounded = (x.float() * scale[:, :, None, None]).half()
     ours = native.channel_affine(x, scale)
     assert torch.equal(ours[~rounded.isnan()], rounded[~rounded.isnan()])
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (2, 5), (3, 67)], ids=str)
+def test_grn_scale(isa, dtype, sizes, vector):
+    acc = accumulation_dtype(dtype)
+    squares, gamma = vector(*sizes, acc).square(), vector(1, sizes[1], dtype)[0]
+    squares[0, 0] = 0
+    norm, s = native.grn_scale(squares, gamma, 1e-3)
+    exact = squares.double().sqrt()
+    response = exact / (exact.mean(1, keepdim=True) + 1e-3)
+    tolerance = {"rtol": 1e-13, "atol": 0} if acc == torch.float64 else {"rtol": 1e-6, "atol": 1e-6}
+    assert norm.dtype == s.dtype == acc
+    torch.testing.assert_close(norm.double(), exact, **tolerance)
+    torch.testing.assert_close(s.double(), 1 + gamma.double() * response, **tolerance)
+
+
+def test_grn_scale_names_bad_arguments():
+    with pytest.raises(ValueError, match=r"squares is torch\.float64"):
+        native.grn_scale(torch.ones(2, 3, dtype=torch.float64), torch.ones(3), 0.0)
+    with pytest.raises(ValueError, match=r"gamma has shape \(4,\)"):
+        native.grn_scale(torch.ones(2, 3), torch.ones(4), 0.0)

@@ -232,3 +232,15 @@ def test_outputs_are_divided_where_rows_do_not_occupy_the_threads(isa, dtype, pr
     for other in found[1:]:
         same = zip(found[0], other, strict=True)
         assert all(a is b is None or torch.equal(a, b) for a, b in same)
+
+
+@pytest.mark.parametrize("shape", [(3, 24), (24,), (2, 3, 24)], ids=str)
+def test_linear(isa, dtype, shape):
+    x, weight, bias = (torch.randn(s, dtype=torch.float64).to(dtype) for s in (shape, (130, 24), (130,)))
+    y = _gemm.linear(x, weight, bias)
+    assert y.shape == (*shape[:-1], 130)
+    assert y.is_contiguous()
+    exact = F.linear(x.double(), weight.double(), bias.double())
+    assert (y - exact).norm() <= budget(dtype) * exact.norm()
+    if x.ndim == 2:
+        assert torch.equal(_gemm.linear(x.t().contiguous().t(), weight, bias), y)

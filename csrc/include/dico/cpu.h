@@ -40,6 +40,7 @@ struct Kernels {
     Kernel<DepthwiseBackwardArgs> depthwise_backward;
     Kernel<PixelShuffleArgs> shuffle_gather;
     Kernel<PixelShuffleArgs> shuffle_scatter;
+    Kernel<GrnScaleArgs> grn_scale;
     Kernel<GeluArgs> gelu;
     Kernel<GeluBackwardArgs> gelu_backward;
     Kernel<GatedProductsArgs> gated_products;

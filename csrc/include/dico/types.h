@@ -152,6 +152,16 @@ struct ChannelAffineArgs : Image {
     int64_t r_stride;
 };
 
+// norm = sqrt(squares), s = 1 + gamma * norm / (mean over channels of norm + eps); each (images, channels).
+struct GrnScaleArgs {
+    const void* squares;
+    const void* gamma;  // (channels)
+    void* norm;
+    void* s;
+    int64_t images, channels;
+    double eps;
+};
+
 struct GeluArgs : Image {
     const void* x;
     void* y;
