@@ -60,7 +60,7 @@ def with_cuda() -> bool:
 
 
 def isas() -> list[str]:
-    """CPU instruction sets that were compiled in and run here, best first: of "v4", "v3", "base"."""
+    """CPU instruction sets that were compiled in and run here, best first: of "v4bf16", "v4", "v3", "base"."""
     return list(extension().available_isas())
 
 

@@ -38,12 +38,12 @@ class _Scratch(threading.local):
     """A thread's buffer, kept: fresh memory of this size costs a page fault each 4 KiB under glibc's defaults."""
 
     def __init__(self) -> None:
-        self.bytes = torch.empty(0, dtype=torch.uint8)
+        self.bytes = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def of(self, size: int) -> Tensor:
         if self.bytes.numel() < size:
             with torch.inference_mode(False):
-                self.bytes = torch.empty(size, dtype=torch.uint8)
+                self.bytes = torch.empty(size, dtype=torch.uint8, device="cpu")
         return self.bytes
 
 
@@ -91,6 +91,7 @@ def pointwise(
     bias: Tensor | None = None,
     *,
     kept: Tensor | None = None,
+    frozen: bool = True,
     shift: Tensor | None = None,
     scale: Tensor | None = None,
     eps: float = 1e-6,
@@ -108,9 +109,10 @@ def pointwise(
 
     Args:
         x: (N, C, H, W), channels_last, of weight's dtype; with adaLN also float32 beside a 16-bit weight.
-        weight: (K, C) or (K, C, 1, 1), in any strides; what pack() kept of it is used while it is valid.
+        weight: (K, C) or (K, C, 1, 1), in any strides.
         bias: (K,) or None.
         kept: pack(weight), where the caller has it.
+        frozen: what was kept of the weights in this layout is used while it is valid.
         shift: (N, C) or (1, C), with scale: adaLN of x is multiplied.
         scale: as shift.
         eps: adaLN's.
@@ -138,8 +140,8 @@ def pointwise(
             raise ValueError(f"{names} belong together: expected both or neither")
     if (shift is not None and s is not None) or (gate is not None and then is None and (gelu or keep or squares)):
         raise ValueError("expected adaLN or s, and of one product GELU or a gate, not both")
-    if then is not None and gate is None:
-        raise ValueError("gate is None: expected one with then")
+    if then is not None and (gate is None or squares):
+        raise ValueError("expected a gate with then, and no squares")
     wide, strides, mean, rstd = 0, (0, 0), None, None
     if shift is not None and scale is not None:
         wide = wide_stream(x, dtype)
@@ -154,6 +156,7 @@ def pointwise(
         dense("plus", plus, (c,), dtype, x.device)
     if gate is not None and residual is not None:
         image("residual", residual)
+        kind("residual", residual, residual.dtype, x.device)
         if tuple(residual.shape) != (n, last, h, w):
             raise ValueError(f"residual has shape {tuple(residual.shape)}: expected {(n, last, h, w)}")
         wide = wide_stream(residual, dtype)
@@ -169,25 +172,25 @@ def pointwise(
     if then is not None and parts > 1:
         alone = pointwise(
             x, weight, bias, shift=shift, scale=scale, eps=eps, statistics=statistics, s=s, plus=plus, gelu=gelu,
-            keep=keep, squares=squares,
+            keep=keep, frozen=frozen,
         )  # fmt: skip
-        return alone._replace(y=pointwise(alone.y, *then, gate=gate, residual=residual).y)
-    y = _image(x, outputs, dtype) if residual is None else torch.empty_like(residual)
+        return alone._replace(y=pointwise(alone.y, *then, frozen=frozen, gate=gate, residual=residual).y)
+    y = _image(x, outputs, dtype) if residual is None else torch.empty_like(residual, memory_format=torch.channels_last)
     before = _image(x, outputs, dtype) if keep else None
     if shift is not None and statistics:
         mean, rstd = reduced(x, n, h, w), reduced(x, n, h, w)
     sums, partial = None, None
     if squares:
         sums, partial = reduced(x, n, outputs), reduced(x, blocks, outputs)
-    factor = _factor(weight) if kept is None else kept
+    matrix = factor(weight, frozen) if kept is None else kept
     second = then_bias = None
     if then is not None:
-        second, then_bias = _factor(then[0]), then[1]
+        second, then_bias = factor(then[0], frozen), then[1]
     hidden = 0 if then is None else outputs
     size = extension().pointwise_scratch(DTYPES[dtype], threads, c, hidden, block)
     scratch = _SCRATCH.of(size)
     call(
-        "pointwise", x, n, h * w, c, block, x, factor, bias, shift, scale, mean, rstd, s, plus, second, then_bias, gate,
+        "pointwise", x, n, h * w, c, block, x, matrix, bias, shift, scale, mean, rstd, s, plus, second, then_bias, gate,
         residual, before, y, sums, partial, scratch, outputs, last, parts, int(gelu), *strides, gate_stride, eps, wide,
         dtype=dtype,
     )  # fmt: skip
@@ -197,6 +200,7 @@ def pointwise(
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, kept: Tensor | None = None) -> Tensor:
     """x W^T + b for x (..., C), not empty, weight (K, C) and bias (K,) or None: (..., K); kept as in pointwise."""
     rows = x.reshape(1, -1, 1, x.shape[-1]).contiguous()
+    bias = None if bias is None else bias.contiguous()
     y = pointwise(rows.permute(0, 3, 1, 2), weight, bias, kept=kept).y
     return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
 
@@ -216,8 +220,9 @@ def _outputs(
     return k
 
 
-def _factor(weight: Tensor) -> Tensor:
-    kept = packed(weight, form())
+def factor(weight: Tensor, frozen: bool) -> Tensor:
+    """A weight as pointwise reads it: what was kept of it, if frozen says that this may be used, or packed now."""
+    kept = packed(weight, form()) if frozen else None
     return pack(weight) if kept is None else kept
 
 
@@ -226,4 +231,4 @@ def _image(x: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     return torch.empty((n, channels, h, w), dtype=dtype, device=x.device, memory_format=torch.channels_last)
 
 
-__all__ = ["Product", "form", "linear", "multiplies", "pack", "pointwise"]
+__all__ = ["Product", "factor", "form", "linear", "multiplies", "pack", "pointwise"]

@@ -1,6 +1,6 @@
 """The native kernels, built from csrc/, as functions of tensors.
 
-The extension knows pointers and sizes only; every check that keeps them valid is here.
+The extension knows pointers and sizes only; every check that keeps them valid is here and in _gemm.py.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dico_kernels._extension import isa as isa
 from dico_kernels._extension import isas as isas
 from dico_kernels._extension import why_unavailable as why_unavailable
 from dico_kernels._extension import with_cuda as with_cuda
+from dico_kernels._gemm import factor
 from dico_kernels._gemm import multiplies as multiplies
 from dico_kernels._gemm import pointwise as pointwise
 from dico_kernels._linear import from_rows, linear, rows
@@ -33,7 +34,7 @@ def adaln_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -
 
     Args:
         x: (N, C, H, W) in channels_last memory, on a CPU or (where built) a CUDA device.
-        shift: (N, C) or (1, C), contiguous, of x's device and dtype; on the CPU also 16-bit where x is float32.
+        shift: (N, C) or (1, C), no gaps in a row, of x's device and dtype; on the CPU also 16-bit where x is float32.
         scale: as shift.
         eps: added to the variance.
 
@@ -297,7 +298,7 @@ def _depthwise_scratch(x: Tensor, k: int, backward: bool) -> Tensor:
         return x  # about to be refused
     threads = torch.get_num_threads()
     size = extension().depthwise_scratch(DTYPES[x.dtype], threads, x.shape[1], x.shape[3], k, backward)
-    return torch.empty(size, dtype=torch.uint8)
+    return torch.empty(size, dtype=torch.uint8, device="cpu")
 
 
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
@@ -380,12 +381,12 @@ def pixel_shuffle_skip(up: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | 
     if bias is not None:
         dense("bias", bias, (k,), up.dtype, up.device)
     out, own = None, multiplies(weight)
-    kept = None if own else packed(weight)
+    kept = factor(weight, frozen=True) if own else packed(weight)
     for part, pixels, cat in _shuffle_chunks(small, wide):
         sizes = (part.stop - part.start, small.shape[1], small.shape[2] // 4, large.shape[2])
         call("shuffle_gather", up, small[part], large[part], cat, *sizes)
         if own:
-            product = rows(pointwise(cat[None, :, None].permute(0, 3, 1, 2), weight, bias).y)
+            product = rows(pointwise(cat[None, :, None].permute(0, 3, 1, 2), weight, bias, kept=kept).y)
         else:
             product = linear(cat, matrix if kept is None else kept, bias)
         if part.stop - part.start == small.shape[0]:

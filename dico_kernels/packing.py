@@ -18,6 +18,7 @@ from dico_kernels import _gemm
 from dico_kernels._linear import linear
 from dico_kernels._packed import ONEDNN, forget, keep, packed
 from dico_kernels.nn._fused import Fused
+from dico_kernels.ops._backends import multiplies_natively
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -27,6 +28,8 @@ def _usable(x: Any, weight: Tensor) -> bool:
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor:
         return False
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    if torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0:
         return False
     return x.is_cpu and x.dtype == weight.dtype and x.numel() > 0 and not torch.is_autocast_enabled("cpu")
 
@@ -51,7 +54,7 @@ class PackedLinear(nn.Linear):
         """(..., C) -> (..., K)."""
         if not _usable(x, self.weight):
             return super().forward(x)
-        own = _gemm.multiplies(self.weight)
+        own = multiplies_natively(self.weight)
         kept = packed(self.weight, _gemm.form() if own else ONEDNN)
         if kept is None:
             return super().forward(x)
@@ -68,13 +71,15 @@ def _matrix(weight: Tensor) -> Tensor:
 
 def _keep_product(weight: Tensor) -> bool:
     """Keep the weight of a fused 1x1 convolution or linear layer for whoever multiplies by it."""
-    if _gemm.multiplies(weight):
+    if multiplies_natively(weight):
         return keep(weight, _gemm.pack, _gemm.form())
     return keep(weight, _matrix)
 
 
 def _pack_layer(layer: nn.Module) -> bool:
     """Pack a layer whose forward is called."""
+    if not layer._parameters.get("weight", torch.empty(0)).numel():
+        return False
     form: type[nn.Module]
     if isinstance(layer, nn.Linear) and type(layer) in (nn.Linear, PackedLinear):
         done, form = _keep_product(layer.weight), PackedLinear

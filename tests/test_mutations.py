@@ -60,8 +60,8 @@ BUGS = {
     "adaLN not zeroed": ("reference/dico.py", "zero(m.adaLN_modulation)", "pass", MODELS + " -k initialisation"),
     "GRN eps under the root": (
         "ops/grn.py",
-        "(x, x).sqrt()",
-        "(x, x).add(eps).sqrt()",
+        "(x, x), gamma, eps)",
+        "(x, x).add(eps), gamma, eps)",
         GRN,
     ),
     "GRN mean over samples too": (

@@ -12,6 +12,7 @@ from support import rel_rms
 from test_fuse import hard
 from torch import nn
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import dico_kernels as dk
 from dico_kernels import _gemm, _packed, native, packing
@@ -185,6 +186,35 @@ def test_changed_weights_are_never_stale(change, used):
     assert packed
     assert not left
     assert rel_rms(again, result) < 1e-6
+
+
+def test_tracers_see_a_plain_layer(used):
+    layer, x = nn.Linear(5, 7), torch.randn(3, 5)
+    dk.pack(layer)
+    with torch.no_grad():
+        assert used(lambda: layer(x))[1] == 1
+        for traced in (torch.jit.trace(layer, x), make_fx(layer)(x)):
+            assert rel_rms(traced(2 * x), layer(2 * x)) < 1e-6
+        assert used(lambda: make_fx(layer)(x))[1] == 0
+
+
+def test_layers_of_any_bias_and_without_outputs():
+    layer = nn.Linear(5, 7)
+    layer.bias = nn.Parameter(torch.randn(14)[::2])
+    x = torch.randn(3, 5)
+    with torch.no_grad():
+        plain = layer(x)
+        assert rel_rms(dk.pack(layer)(x), plain) < 1e-6
+        empty = nn.Sequential(layer, nn.Linear(7, 0))
+        assert dk.pack(empty)(x).shape == (3, 0)
+
+
+def test_the_library_multiplies_where_that_is_asked_for(used):
+    layer, x = nn.Linear(5, 7), torch.randn(3, 5)
+    with torch.no_grad(), dk.backend("auto", products="library"):
+        dk.pack(layer)
+        assert _packed.packed(layer.weight, _packed.ONEDNN) is not None
+        assert used(lambda: layer(x))[1] == 1
 
 
 def test_without_onednn_the_originals_run(used, monkeypatch):

@@ -69,9 +69,9 @@ static void grn_scale_typed(const GrnScaleArgs& a) {
         A sum = 0;
         for (int64_t c = 0; c < a.channels; ++c) norm[c] = sqrt_of(squares[c]);
         for (int64_t c = 0; c < a.channels; ++c) sum += norm[c];
-        const A by = 1 / (sum / static_cast<A>(a.channels) + static_cast<A>(a.eps));
+        const A mean = sum / static_cast<A>(a.channels) + static_cast<A>(a.eps);
         each_vector<T>(a.channels, [&](int64_t c, auto lanes) {
-            vstore(s + c, vload(gamma + c, lanes) * (vload(norm + c, lanes) * by) + A(1), lanes);
+            vstore(s + c, vload(gamma + c, lanes) * (vload(norm + c, lanes) / mean) + A(1), lanes);
         });
     }
 }

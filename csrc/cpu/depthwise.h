@@ -1,9 +1,10 @@
 // Depthwise k x k convolution, zero padding, channels innermost, with GELU or without, and its backward.
 //
 // A few vectors of channels at a time, rows of the image stream through a ring of the k rows that a row of outputs
-// needs. The ring is widened to the accumulation type and padded with zeros at both ends, a row outside the image
-// is a row of zeros: the arithmetic knows no borders. Within the ring one vector of channels is contiguous along
-// the row, so that what the inner loops touch fits the first-level cache. Included inside the namespace of one
+// needs. The ring is widened to the accumulation type, or holds neighbours in pairs, and is padded with zeros at
+// both ends, a row outside the image is a row of zeros: the arithmetic knows no borders. Within the ring one vector
+// of channels is contiguous along the row, so that what the inner loops touch fits the first-level cache. Included
+// inside the namespace of one
 // instruction set.
 
 // Outputs along a row that are summed together: each loaded pixel serves all of them.

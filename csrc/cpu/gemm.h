@@ -5,7 +5,8 @@
 // the namespace of one instruction set.
 //
 // Every output is one chain of multiply-adds over the inputs in their order, whatever tile it falls into: results
-// depend neither on the division of the rows nor on the number of threads.
+// depend neither on the division of the rows nor on the number of threads; sums of squares on the division, which
+// is the shape's.
 
 // A tile of outputs: its sums, a row of W's panel and one input fill the registers.
 constexpr int kTileRows = 6;
@@ -93,12 +94,6 @@ DICO_INLINE void transpose(vuint* rows) {
 template <class T>
 static void pack_typed(const PackArgs& a, int threads) {
     using E = operand_t<T>;
-    constexpr int L = kLanes<float>, kInputs = L * kPair<T>;
-#if defined(__clang__)
-    constexpr bool kWords = false;  // has another name for the shuffle
-#else
-    constexpr bool kWords = sizeof(E) == sizeof(T) && sizeof(T) * kPair<T> == sizeof(uint32_t);
-#endif
     const int64_t depth = depth_of<T>(a.inputs);
     const int64_t whole = (a.outputs + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
     const T* weight = static_cast<const T*>(a.weight);
@@ -111,7 +106,9 @@ static void pack_typed(const PackArgs& a, int threads) {
         E* const to = packed + panel * depth + (n0 - panel) * kPair<T>;
         const T* const from = weight + n0 * a.output_stride;
         int64_t k = 0;
-        if constexpr (kWords)
+#if !defined(__clang__)  // which has another name for the shuffle
+        constexpr int L = kLanes<float>, kInputs = L * kPair<T>;
+        if constexpr (sizeof(E) == sizeof(T) && sizeof(T) * kPair<T> == sizeof(uint32_t))
             if (a.input_stride == 1 && n0 + L <= a.outputs)
                 for (; k + kInputs <= a.inputs; k += kInputs) {
                     vuint rows[L];
@@ -121,6 +118,7 @@ static void pack_typed(const PackArgs& a, int threads) {
                     for (int i = 0; i < L; ++i)
                         __builtin_memcpy(to + (k + i * kPair<T>)*width, &rows[i], sizeof rows[i]);
                 }
+#endif
         for (; k < depth; ++k)
             for (int64_t n = 0; n < kLanes<T>; ++n) {
                 E* const at = to + (k / kPair<T> * width + n) * kPair<T> + k % kPair<T>;

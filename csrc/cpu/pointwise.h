@@ -1,5 +1,5 @@
 // What stands between two 1x1 convolutions: GELU, with the sums that global response normalisation and the first
-// convolution's bias want of it. The convolutions themselves are the library's matrix products. Included inside the
+// convolution's bias want of it. The convolutions themselves are gemm.h's or the library's. Included inside the
 // namespace of one instruction set.
 
 // What G_n = dy_n^T x_n holds of the gradients of gate * W (s x), in one pass over it: dW += sum_n gate_n G_n s_n,

@@ -128,8 +128,8 @@ cudaError_t launch(const AdalnArgs& a, int device, cudaStream_t stream) {
     const dim3 grid(static_cast<unsigned>(needed < limit ? needed : limit));
     const dim3 block(kWarp * kWarpsPerBlock);
     constexpr int V = 16 / sizeof(T);
-    const bool wide =
-        a.channels % V == 0 && aligned(a.x, 16) && aligned(a.y, 16) && aligned(a.shift, 16) && aligned(a.scale, 16);
+    const bool wide = a.channels % V == 0 && a.shift_stride % V == 0 && a.scale_stride % V == 0 &&
+                      aligned(a.x, 16) && aligned(a.y, 16) && aligned(a.shift, 16) && aligned(a.scale, 16);
     if (wide)
         adaln_modulate_fwd_kernel<T, V><<<grid, block, 0, stream>>>(a);
     else

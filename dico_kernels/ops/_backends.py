@@ -152,9 +152,9 @@ def backend(name: str, strict: bool = False, products: str = "auto") -> Iterator
         name: "triton", "native" (C++ on the CPU), "cuda" (C++ on a GPU), "reference" (plain PyTorch), or "auto".
         strict: raise BackendError where that backend cannot run an op. Otherwise the op falls back in auto's order,
             with one warning. With "auto", strict refuses the reference.
-        products: who multiplies in conv_half, ffn_half and fcdm_block: "library" (cuBLAS, oneDNN), "fused" (the
-            backend's own product with everything around it inside; Triton and native have one), or "auto": native's
-            where it is known to be as fast, else the library.
+        products: who multiplies in conv_half, ffn_half, fcdm_block, pointwise_depthwise_gelu and layers that pack()
+            found: "library" (cuBLAS, oneDNN), "fused" (the backend's own product with everything around it inside;
+            Triton and native have one), or "auto": native's where it is known to be as fast, else the library.
 
     Raises:
         ValueError: an unknown name.
@@ -231,13 +231,18 @@ def _optional(entry: str, x: Tensor) -> Callable[..., Any] | None:
     return None
 
 
+def multiplies_natively(weight: Tensor, x: Tensor | None = None) -> bool:
+    """Whether native's own product is to multiply by a weight, on x's device or its own."""
+    if _SETTING.products == "library" or optional("pointwise", weight if x is None else x) is None:
+        return False
+    return _SETTING.products == "fused" or native.multiplies(weight)
+
+
 def own_product(x: Tensor, weight: Tensor) -> Callable[..., Any] | None:
     """A backend's own 1x1 convolution of x with what surrounds it inside, where it is to run; else None."""
-    if _SETTING.products == "library":
+    if not multiplies_natively(weight, x):
         return None
     found = optional("pointwise", x)
-    if found is None or (_SETTING.products == "auto" and not native.multiplies(weight)):
-        return None
     if _SETTING.record is not None:
         _SETTING.record(Choice("pointwise", tuple(x.shape), weight.dtype, str(x.device), "native", {}))
     return found

@@ -78,7 +78,7 @@ def product(
     if own is not None:
         found: Product = own(
             x, first, bias, shift=shift, scale=scale, eps=eps, s=s, plus=plus, gelu=gelu, keep=keep, squares=squares,
-            then=tuple(second) or None, statistics=not frozen, gate=gate, residual=residual,
+            then=tuple(second) or None, statistics=not frozen, frozen=frozen, gate=gate, residual=residual,
         )  # fmt: skip
         return found
     a, mean, rstd, before, sums = x, None, None, None, None

@@ -136,6 +136,26 @@ def test_packed_weights_multiply_to_the_same_bits(isa, sizes, dtype, image):
     assert not torch.equal(native.pointwise(x, weight).y, y)
 
 
+def test_kept_weights_are_left_alone_where_that_is_wanted(isa, image):
+    """As while training: what is written through .data leaves no trace that a kept weight could be known by."""
+    x, weight = image((1, 8, 2, 2), torch.float32), torch.nn.Parameter(torch.randn(8, 8))
+    assert _packed.keep(weight, _gemm.pack, _gemm.form())
+    before = native.pointwise(x, weight.detach()).y
+    weight.data.add_(1)
+    assert torch.equal(native.pointwise(x, weight).y, before)
+    assert rel_rms(native.pointwise(x, weight, frozen=False).y, before) > 0.1
+
+
+@pytest.mark.parametrize("device", ["meta"])
+def test_scratch_is_the_processors_whatever_the_default_device(isa, device, image):
+    x, weight = image((1, 8, 2, 2), torch.float32), torch.randn(8, 8)
+    with torch.device(device):
+        y = native.pointwise(x, weight).y
+        z = native.depthwise(x, torch.ones(8, 1, 3, 3, device="cpu"), None, False)
+    assert torch.equal(native.pointwise(x, weight).y, y)
+    assert z.is_cpu
+
+
 def test_rows_of_a_wider_matrix_serve_as_vectors(isa, problem):
     arguments, options, _ = problem((3, 12, 4, 5, 12), torch.float32, "adaLN", "GELU, product, gate")
     options["shift"], options["then"] = torch.randn(3, 12), (torch.randn(12, 12), None)
@@ -195,7 +215,7 @@ Y, G = torch.zeros(2, 7, 3, 3).contiguous(memory_format=torch.channels_last), to
         ((X, W), {"plus": V[0]}, "s is None: expected it with plus"),
         ((X, W), {"s": V, "plus": V}, "plus has shape"),
         ((X, W), {"gate": G, "residual": X}, "residual has shape"),
-        ((X, W), {"then": (W.t(), None)}, "gate is None"),
+        ((X, W), {"then": (W.t(), None)}, "expected a gate with then"),
         ((X, W), {"then": (W, None), "gate": G, "residual": Y}, r"then has shape \(7, 5\): expected \(K, 7\)"),
         ((X, W), {"then": (W.t(), torch.zeros(4)), "gate": V, "residual": X}, "then's bias has shape"),
     ],
