@@ -18,12 +18,12 @@ from dico_kernels._extension import isa as isa
 from dico_kernels._extension import isas as isas
 from dico_kernels._extension import why_unavailable as why_unavailable
 from dico_kernels._extension import with_cuda as with_cuda
-from dico_kernels._gemm import factor
+from dico_kernels._gemm import form
 from dico_kernels._gemm import multiplies as multiplies
 from dico_kernels._gemm import pointwise as pointwise
 from dico_kernels._linear import from_rows, linear, rows
 from dico_kernels._memory import DTYPES, dense, image, kind, like, reduced, row_blocks, vector, wide_stream
-from dico_kernels._packed import packed
+from dico_kernels._packed import ONEDNN, packed
 from dico_kernels.dtypes import accumulation_dtype
 
 # ---- adaLN and the gated residual: csrc/cpu/adaln.h ----
@@ -380,8 +380,9 @@ def pixel_shuffle_skip(up: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | 
     k, wide = matrix.shape
     if bias is not None:
         dense("bias", bias, (k,), up.dtype, up.device)
-    out, own = None, multiplies(weight)
-    kept = factor(weight, frozen=True) if own else packed(weight)
+    out, kept = None, packed(weight, form() if multiplies(weight) else ONEDNN)
+    # Unpacked, oneDNN takes no longer than our product and the packing before it.
+    own = kept is not None and multiplies(weight)
     for part, pixels, cat in _shuffle_chunks(small, wide):
         sizes = (part.stop - part.start, small.shape[1], small.shape[2] // 4, large.shape[2])
         call("shuffle_gather", up, small[part], large[part], cat, *sizes)

@@ -29,7 +29,7 @@ def _usable(x: Any, weight: Tensor) -> bool:
         return False
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
-    if torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0:
+    if torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > 0:
         return False
     return x.is_cpu and x.dtype == weight.dtype and x.numel() > 0 and not torch.is_autocast_enabled("cpu")
 
@@ -78,7 +78,8 @@ def _keep_product(weight: Tensor) -> bool:
 
 def _pack_layer(layer: nn.Module) -> bool:
     """Pack a layer whose forward is called."""
-    if not layer._parameters.get("weight", torch.empty(0)).numel():
+    weight = layer._parameters.get("weight")
+    if weight is None or not weight.numel():
         return False
     form: type[nn.Module]
     if isinstance(layer, nn.Linear) and type(layer) in (nn.Linear, PackedLinear):

@@ -248,8 +248,11 @@ static void pointwise_typed(const PointwiseArgs& a, int threads) {
     using A = acc_t<T>;
     using V = vec_t<T>;
     using E = operand_t<T>;
-    const int64_t stride = row_stride_of<T>(a.channels), hidden_stride = row_stride_of<T>(a.outputs);
-    const int64_t scratch = a.block_rows * (stride + (a.then ? hidden_stride : 0));
+    const int64_t own_stride = row_stride_of<T>(a.channels), hidden_stride = row_stride_of<T>(a.outputs);
+    const int64_t scratch = a.block_rows * (own_stride + (a.then ? hidden_stride : 0));
+    // With nothing before it the product reads x where it lies, if rows end with a pair and have a factor's type.
+    const bool direct = !a.shift && !a.s && sizeof(E) == sizeof(T) && depth_of<T>(a.channels) == a.channels;
+    const int64_t stride = direct ? a.channels : own_stride;
     const S* residual = static_cast<const S*>(a.residual);
     T* before = static_cast<T*>(a.before);
     A* partial = static_cast<A*>(a.partial);
@@ -258,11 +261,12 @@ static void pointwise_typed(const PointwiseArgs& a, int threads) {
         const int64_t row0 = image * a.rows + first, count = end - first;
         const int64_t begin = panels * part / a.parts * kPanel<T>;
         const int64_t after = part + 1 < a.parts ? panels * (part + 1) / a.parts * kPanel<T> : a.outputs;
-        E* rows = static_cast<E*>(a.scratch) + thread_number() * scratch;
+        E* const buffer = static_cast<E*>(a.scratch) + thread_number() * scratch;
+        const E* const rows = direct ? static_cast<const E*>(a.x) + row0 * a.channels : buffer;
         A* sums = partial ? partial + block * a.outputs : nullptr;
         if (sums)
             for (int64_t c = begin; c < after; ++c) sums[c] = 0;
-        prepare<S, T>(a, image, row0, count, rows, stride, part == 0);
+        if (!direct) prepare<S, T>(a, image, row0, count, buffer, stride, part == 0);
         const auto plain = [&](auto* y, int64_t y_stride) {
             const T* bias = static_cast<const T*>(a.bias);
             product<T>(rows, stride, count, static_cast<const E*>(a.packed), a.channels, begin, after,
@@ -298,7 +302,7 @@ static void pointwise_typed(const PointwiseArgs& a, int threads) {
                        });
         };
         if (a.then) {
-            E* hidden = rows + a.block_rows * stride;
+            E* hidden = buffer + a.block_rows * own_stride;
             plain(hidden, hidden_stride);
             for (int64_t c = a.outputs; c < depth_of<T>(a.outputs); ++c)
                 for (int64_t r = 0; r < count; ++r) hidden[r * hidden_stride + c] = E{};

@@ -10,7 +10,7 @@ from dico_kernels.dtypes import accumulation_dtype
 from dico_kernels.ops import _checks as check
 from dico_kernels.ops._backends import select
 from dico_kernels.ops._library import only_needed, reduce_to, register
-from dico_kernels.ops.pointwise import from_rows, input_gradient, product, rows
+from dico_kernels.ops.pointwise import from_rows, input_gradient, linear, rows
 
 # ---- pointwise_depthwise_gelu ----
 
@@ -29,7 +29,7 @@ def _pdg(
     _check_pdg(x, pw_weight, pw_bias, dw_weight, dw_bias)
     if x.shape[0] == 0:
         return _pdg_fake(x, pw_weight, pw_bias, dw_weight, dw_bias)
-    hidden = product(check.channels_last(x), pw_weight, pw_bias, frozen=False).y
+    hidden = from_rows(linear(rows(check.channels_last(x)), check.matrix(pw_weight), check.dense(pw_bias)), x)
     y: Tensor = select("depthwise", x)(hidden, dw_weight.contiguous(), check.dense(dw_bias), True)
     return y, hidden
 
@@ -101,8 +101,8 @@ def pointwise_depthwise_gelu(
 ) -> Tensor:
     """DiCo's convolution: GELU(depthwise(pointwise(x))), GELU in its exact (erf) form.
 
-    The 1x1 is a matrix product on the channels_last rows; depthwise, bias and GELU are one kernel. The zero padding
-    surrounds the 1x1's output, bias included.
+    The 1x1 is the library's matrix product on the channels_last rows; depthwise, bias and GELU are one kernel. The
+    zero padding surrounds the 1x1's output, bias included.
 
     Args:
         x: (N, C, H, W), float32, float64, bfloat16 or float16.

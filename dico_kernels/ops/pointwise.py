@@ -189,4 +189,4 @@ def _by_products(
     return torch.cat(dgates), dweight, None if s is None else torch.cat(dscales)
 
 
-__all__ = ["Product", "from_rows", "gated_gradients", "input_gradient", "product", "rows", "statistics_of"]
+__all__ = ["Product", "from_rows", "gated_gradients", "input_gradient", "linear", "product", "rows", "statistics_of"]
