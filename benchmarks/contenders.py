@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dico_kernels import GraphRunner, create_model, fuse, pack
+from dico_kernels import GraphRunner, backend, create_model, fuse, pack
 from dico_kernels.reference import functional as reference
 from dico_kernels.reference.base import Denoiser
 from dico_kernels.reference.dico import DiCoBlock
@@ -49,17 +50,27 @@ def precision(dtype: str) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = cudnn
 
 
-def _filled(name: str, latent: int) -> Denoiser:
-    """A model with hard weights, float32, on the CPU. Only DiT's depends on the latent's size."""
-    return _filled_once(name, latent if name.startswith("DiT") else 0)
+def _filled(name: str, latent: int, device: torch.device) -> Denoiser:
+    """A model with hard weights, float32, on a device. Only DiT's depends on the latent's size."""
+    return _filled_once(name, latent if name.startswith("DiT") else 0, device)
 
 
 @functools.lru_cache(maxsize=3)
-def _filled_once(name: str, latent: int) -> Denoiser:
+def _filled_once(name: str, latent: int, device: torch.device) -> Denoiser:
     """A scale's three models are kept."""
     overrides: dict[str, Any] = {"input_size": latent} if latent else {}
-    fill_(model := create_model(name, fused=False, **overrides))
+    with device:
+        model = create_model(name, fused=False, **overrides).to(device)
+    # Large models take a CPU half a minute: on a GPU they are filled there, with that device's numbers.
+    on_gpu = {"normal": functools.partial(_device_normal, device)} if device.type == "cuda" else {}
+    fill_(model, **on_gpu)  # type: ignore[arg-type]
     return model.eval()
+
+
+def _device_normal(device: torch.device, name: str, shape: tuple[int, ...]) -> Tensor:
+    """As reference.weights.named_normal, by a device's own generator."""
+    generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
+    return torch.randn(shape, generator=generator, device=device)
 
 
 class PointwiseLinear(nn.Module):
@@ -154,9 +165,9 @@ def model_contender(arena: ModelArena, name: str, how: str, device: torch.device
     compile_linear, compile_flash, compile_cudnn.
     """
     graphed, how = how.endswith("_graph"), how.removesuffix("_graph")
-    source = _filled(name, arena.resolution // 8)
+    source = _filled(name, arena.resolution // 8, device)
     training, dtype = arena.mode == "training", DTYPES[arena.dtype]
-    model: nn.Module = copy.deepcopy(source).to(device)
+    model: nn.Module = copy.deepcopy(source)
     weights = torch.float32 if training else dtype
     layout = torch.contiguous_format if how == "eager" or name.startswith("DiT") else torch.channels_last
     if how == "compile_linear":
@@ -179,7 +190,7 @@ def model_contender(arena: ModelArena, name: str, how: str, device: torch.device
     forward: Any = compiled(model, device, how == "compile_default") if how.startswith("compile") else model
     runner = forward = GraphRunner(model) if graphed else forward
     freeze = how == "compile" and device.type == "cpu" and not training
-    guards = functools.partial(_guards, arena.dtype, training, device, freeze)
+    guards = functools.partial(_guards, arena.dtype, training, device, freeze, fused=how == "fused")
     step = _training_step(forward, model, source.out_channels, guards) if training else None
 
     def run(i: int) -> Tensor:
@@ -197,7 +208,7 @@ def model_contender(arena: ModelArena, name: str, how: str, device: torch.device
     error = None
     if not training:
         count = min(arena.batch, _CHECKED_IMAGES)
-        error = relative_error(run(0)[:count].cpu(), _truth(name, side, arena.batch, count, device))
+        error = relative_error(run(0)[:count], _truth(name, side, arena.batch, count, device))
     return Contender(
         run,
         compile_s=first if how.startswith("compile") else None,
@@ -209,11 +220,13 @@ def model_contender(arena: ModelArena, name: str, how: str, device: torch.device
 
 
 @contextmanager
-def _guards(dtype: str, training: bool, device: torch.device, freeze: bool) -> Iterator[None]:
+def _guards(dtype: str, training: bool, device: torch.device, freeze: bool, fused: bool) -> Iterator[None]:
     """The flags and contexts that a contender's calls run under."""
     with ExitStack() as stack:
         stack.enter_context(precision(dtype))
         stack.enter_context(frozen(freeze))
+        if fused and device.type == "cuda":  # what fell back to plain PyTorch is no measurement of this package
+            stack.enter_context(backend("auto", strict=True))
         if training and dtype == "bf16":
             stack.enter_context(torch.autocast(device.type, torch.bfloat16))
         yield
@@ -225,12 +238,13 @@ def _training_step(
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0)
 
     def step(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        optimiser.zero_grad(set_to_none=True)
         with guards():
             out = forward(x, t, y)
             loss = F.mse_loss(out.float(), x.float().repeat(1, channels // x.shape[1], 1, 1))
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
+        # At the end: between its turns a contender holds no gradients.
+        optimiser.zero_grad(set_to_none=True)
         return loss.detach()
 
     return step
@@ -239,12 +253,12 @@ def _training_step(
 @functools.lru_cache(maxsize=6)
 def _truth(name: str, side: int, batch: int, count: int, device: torch.device) -> Tensor:
     """The first images' outputs in float64, from the same float32 weights and inputs."""
-    model = _filled(name, side)
+    model = _filled(name, side, device)
     arena = ModelArena("S", side * 8, batch, "fp32")
     x, t, y = (v[:count].to(device) for v in _inputs(arena, 0, model.in_channels))
-    exact = copy.deepcopy(model).double().to(device)
+    exact = copy.deepcopy(model).double()
     with torch.inference_mode():
-        return exact(x.double(), t, y).cpu()
+        return exact(x.double(), t, y)
 
 
 class ConvHalf(nn.Module):

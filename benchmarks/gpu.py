@@ -18,6 +18,7 @@ from . import gpu_tests, machine, report
 from .gpu_plan import MINUTES, STAGES, Unit, checked_stages, deadline
 from .gpu_store import Store
 from .gpu_worker import DEVICE_LOST, DeviceLostError, Worker
+from .harness import failed
 from .limits import Ceiling
 from .session import add_ratios
 
@@ -26,6 +27,8 @@ FILE, REPORT = "gpu.json", "report.md"
 _HANGS_S = {"ceilings": 60.0, "kernels": 60.0, "models": 240.0}
 _GRACE_S = 3.0  # for a row to end after its stage's deadline
 _REPORT_S = 5.0  # of the budget
+_WRONG = 4.0  # times plain PyTorch's error: the tests, which are exact about it, grant twice and a rounding
+_USUAL_ERROR = 0.02  # a 16-bit model's, where plain PyTorch failed
 Launch = Callable[[str, Path, float], list[str]]
 
 
@@ -51,6 +54,10 @@ def _signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
 def _launch(stage: str, path: Path, until: float) -> list[str]:
     module = "dico_kernels.benchmarks.gpu_worker"
     return [sys.executable, "-m", module, "--stage", stage, "--results", str(path), "--deadline", str(until)]
@@ -64,7 +71,7 @@ def run(
     device: str = "cuda",
     plan: dict[str, Sequence[Unit]] | None = None,
     launch: Launch = _launch,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = _say,
     **tests: Any,
 ) -> int:
     """Run stages one after the other within ``minutes``, and write gpu.json and report.md into ``out``.
@@ -83,7 +90,8 @@ def run(
         **tests: arguments for gpu_tests.run.
 
     Returns:
-        0; 2 for arguments that cannot be used or where there is no GPU; 143 where it was ended by a signal.
+        0; 1 where a test or row failed, is wrong, or a stage ended otherwise than planned; 2 for arguments that cannot
+        be used or where there is no GPU; 143 where it was ended by a signal.
     """
     try:
         stages = checked_stages(stages)
@@ -105,12 +113,19 @@ def run(
                 stage, began = left[0], time.time()
                 until = deadline(left, began, end)
                 say(f"{stage}: until {until - began:.0f} s from now")
-                if stage == "tests":
-                    state = _tests(store, out, until, tests)
-                elif plan is not None:
-                    state = _inline(stage, store, until, torch.device(device), plan, say)
-                else:
-                    state = _supervise(stage, store, until, launch)
+                try:
+                    if stage == "tests":
+                        state = _tests(store, out, until, tests)
+                    elif plan is not None:
+                        state = _inline(stage, store, until, torch.device(device), plan, say)
+                    else:
+                        if stage == "kernels":
+                            _prepare(store.path, until, launch)
+                        state = _supervise(stage, store, until, launch)
+                except _TerminatedError:
+                    raise
+                except Exception as error:  # the other stages are still worth having
+                    state = f"failed: {failed(stage, error)}"
                 store = Store.load(store.path)
                 kept = store.result["stages"].setdefault(stage, {})
                 kept |= {"state": state, "seconds": round(time.time() - began, 1)}
@@ -126,7 +141,19 @@ def run(
     (out / REPORT).write_text(markdown(store.result))
     say(text(store.result))
     say(f"\nwritten: {out / FILE}, {out / REPORT}")
-    return status
+    return status or int(_at_fault(store.result))
+
+
+def _at_fault(result: report.Result) -> bool:
+    """Whether anything went wrong that is no matter of time or memory."""
+    tests = result["tests"] or {}
+    rows = [*result["kernels"], *result["models"]]
+    return bool(
+        tests.get("failures")
+        or tests.get("broken")
+        or any(row.get("wrong") or row["failure"] not in (None, "OOM") for row in rows)
+        or any(str(kept.get("state")).startswith("failed") for kept in result["stages"].values())
+    )
 
 
 def _tests(store: Store, out: Path, until: float, options: dict[str, Any]) -> str:
@@ -157,10 +184,29 @@ def _inline(
     return "cut off" if worker.skipped else "done"
 
 
+def _prepare(path: Path, until: float, launch: Launch) -> None:
+    """Let several processes compile what the kernels' stage measures, for a third of its time at most."""
+    count = max(1, min(12, (os.cpu_count() or 2) - 2))
+    end = time.time() + (until - time.time()) / 3
+    log = path.parent / "kernels.log"
+    with log.open("ab") as errors:
+        found = [
+            subprocess.Popen([*launch("kernels", path, end), "--prepare", f"{i}/{count}"], stdout=errors, stderr=errors)
+            for i in range(count)
+        ]
+    try:
+        while any(p.poll() is None for p in found) and time.time() < end + _GRACE_S:
+            time.sleep(0.2)
+    finally:
+        for process in found:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+
+
 def _supervise(stage: str, store: Store, until: float, launch: Launch) -> str:
     """Start the process that measures a stage, and another wherever a row took one down."""
     log = store.path.parent / f"{stage}.log"
-    log.unlink(missing_ok=True)
     while True:
         with log.open("ab") as errors:
             process = subprocess.Popen(launch(stage, store.path, until), stderr=errors)
@@ -215,6 +261,22 @@ def finish(result: report.Result) -> None:
         if row["dtype"] in result["ceilings"] and row.get("moved"):
             ceiling = Ceiling(**result["ceilings"][row["dtype"]])
             row["bound"] = "matmul" if 2 * row["macs"] / ceiling.flops > row["moved"] / ceiling.bytes else "copy"
+    for rows, plain in ((result["kernels"], ("channels_last",)), (result["models"], ("channels_last", "eager"))):
+        _judge(rows, plain)
+
+
+def _judge(rows: list[report.Row], plain: Sequence[str]) -> None:
+    """Mark rows whose error is out of proportion to that of plain PyTorch in the same dtype, NaN included."""
+    usual = {(r["arena"], r.get("model")): r["error"] for r in rows if r["contender"] in plain and not r["failure"]}
+    for row in rows:
+        row["wrong"] = None
+        if row["failure"] or row["contender"] in plain or row.get("error") is None:
+            continue
+        beside = usual.get((row["arena"], row.get("model")))
+        if beside is None:
+            beside = _USUAL_ERROR
+        if not row["error"] <= _WRONG * beside + 1e-6:
+            row["wrong"] = f"WRONG: error {row['error']:.1e} where plain PyTorch has {beside:.1e}"
 
 
 def _stages(result: report.Result) -> list[str]:
@@ -231,17 +293,17 @@ def _stages(result: report.Result) -> list[str]:
 
 def text(result: report.Result) -> str:
     """What the terminal shows at the end."""
-    failed = report.failures(result)
+    rows = report.failures(result)
     tests = [f"failed test: {name}" for name in (result["tests"] or {}).get("failures", [])[:20]]
     blocks = ["", report.text(result), "\n".join([*_stages(result), *tests])]
-    return "\n\n".join([*blocks, f"failed:\n{failed}"] if failed else blocks)
+    return "\n\n".join([*blocks, f"failed:\n{rows}"] if rows else blocks)
 
 
 def markdown(result: report.Result) -> str:
     """report.md."""
     stages = "\n".join(f"- {line}" for line in _stages(result))
-    failed = (result["tests"] or {}).get("failures", [])
-    tests = "\n\n### failed tests\n\n" + "\n".join(f"- `{name}`" for name in failed) if failed else ""
+    names = (result["tests"] or {}).get("failures", [])
+    tests = "\n\n### failed tests\n\n" + "\n".join(f"- `{name}`" for name in names) if names else ""
     return f"# bench gpu\n\n{stages}{tests}\n\n{report.markdown(result)}\n"
 
 

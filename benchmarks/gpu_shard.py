@@ -37,6 +37,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items[:] = items[int(_SKIP) :]
 
 
+def pytest_runtest_logstart(nodeid: str) -> None:
+    """Write down what is running, for whoever finds this process dead."""
+    _write(start=nodeid)
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Write down an outcome: "passed", "failed" or "skipped"."""
     if report.when == "call" or report.outcome != "passed":

@@ -23,16 +23,16 @@ class Store:
 
     @classmethod
     def open(cls, path: Path, machine: dict[str, Any]) -> Store:
-        """The file's results if they are of the same device and commit, to go on with; else a new one.
+        """The file's results if they are of the same device and source, to go on with; else a new one.
 
-        Results of another device or commit are set aside under another name.
+        Results of another device or source are set aside under another name.
         """
         try:
             found = cls.load(path)
         except (OSError, ValueError):
             found = None
         if found is not None:
-            if all(found.result["machine"].get(k) == machine.get(k) for k in ("device", "commit")):
+            if all(found.result["machine"].get(k) == machine.get(k) for k in ("device", "commit", "source")):
                 return found
             path.replace(path.with_name(f"{path.stem}-{found.result['created'].replace(':', '')}.json"))
         created = datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -15,9 +17,15 @@ from typing import Any
 
 from .gpu_shard import DEVICE_LOST, VARIABLE
 
-TESTS = ("tests/kernels", "tests/ops", "tests/test_sampling.py")
-# The CPU's backends are tested elsewhere.
-_ONLY = "not native and not reference"
+TESTS = (
+    "tests/kernels",
+    "tests/ops/test_numerics.py",
+    "tests/ops/test_branches.py",
+    "tests/test_sampling.py",
+    "tests/cuda",
+)
+# The CPU's backends are tested elsewhere; so is what takes long and has nothing of a GPU.
+_ONLY = "not native and not reference and not every_level and not bytes_saved"
 _GRACE_S = 8.0
 
 
@@ -49,7 +57,7 @@ class _Shard:
             {line["id"] for line in self.lines() if "id" in line} | {x["lost"] for x in self.lines() if "lost" in x}
         )
         share = f"{self.index}/{self.count}/{done}/{self.outcomes.resolve()}"
-        environment = {**os.environ, VARIABLE: share, "OMP_NUM_THREADS": "2", "PYTHONUNBUFFERED": "1"}
+        environment = {**os.environ, VARIABLE: share, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         options = ["-q", "--tb=short", "-p", "no:cacheprovider", "-p", "dico_kernels.benchmarks.gpu_shard"]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
@@ -70,10 +78,27 @@ class _Shard:
     def over(self) -> bool:
         """Whether there is nothing left to run."""
         status = self.process.poll()
-        if status == DEVICE_LOST:
+        if status == DEVICE_LOST or (status is not None and status < 0 and self.bury()):
             self.start()
             return False
         return status is not None
+
+    def bury(self) -> bool:
+        """Record the test that took its process down as lost; whether there was one."""
+        started = [line["start"] for line in self.lines() if "start" in line]
+        ended = {line["id"] for line in self.lines() if "id" in line} | {x["lost"] for x in self.lines() if "lost" in x}
+        if not started or started[-1] in ended:
+            return False
+        with self.outcomes.open("a") as file:
+            file.write("\n" + json.dumps({"lost": started[-1]}) + "\n")
+        return True
+
+    @property
+    def broken(self) -> str | None:
+        """How pytest ended, where it was not with its tests run."""
+        status = self.process.poll()
+        usual = (None, 0, 1, 2, 5, -signal.SIGINT, -signal.SIGKILL)  # 2: asked to end; 5: no tests for it
+        return None if status in usual else f"process {self.index} ended with {status}"
 
     def stop(self) -> None:
         """Ask pytest to end, which prints the failures so far."""
@@ -101,7 +126,7 @@ def run(
     Args:
         out: folder.
         deadline: in seconds since the epoch.
-        processes: how many at once; by default half the cores, at most 8.
+        processes: how many at once; by default all cores but two, at most 14: kernels compile on one each.
         tests: paths in the clone.
         only: pytest's -k.
         root: the clone.
@@ -109,14 +134,17 @@ def run(
         poll_s: how often.
 
     Returns:
-        ``collected``, ``passed``, ``failed``, ``skipped``, ``failures`` (ids), ``lost`` (ids of tests after which the
-        device was lost), ``complete``; or ``note`` alone, saying why nothing was run.
+        ``collected``, ``passed``, ``failed``, ``skipped``, ``failures`` (ids), ``lost`` (ids of tests that took the
+        device or their process down), ``broken`` (processes that ended otherwise), ``complete``; or ``note`` alone,
+        saying why nothing was run.
     """
     root = root or clone()
     if root is None or (note := why_not(root)) is not None:
         return {"note": note if root else why_not(None)}
-    count = processes or max(1, min(8, (os.cpu_count() or 2) // 2))
-    shards = [_Shard(root, out, index, count, tests, only) for index in range(count)]
+    count = processes or max(1, min(14, (os.cpu_count() or 2) - 2))
+    tests = [path for path in tests if (root / path).exists()]
+    folder = Path(tempfile.mkdtemp(prefix="tests-", dir=out))
+    shards = [_Shard(root, folder, index, count, tests, only) for index in range(count)]
     try:
         while sum(not shard.over() for shard in shards) and time.time() < deadline - _GRACE_S:
             keep(counts(shards))
@@ -132,9 +160,7 @@ def run(
         with (out / "tests.log").open("wb") as log:
             for shard in shards:
                 log.write(f"==== process {shard.index}\n".encode() + shard.log.read_bytes())
-                shard.log.unlink()
-        for shard in shards:
-            shard.outcomes.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
     return found
 
 
@@ -153,8 +179,12 @@ def counts(shards: Sequence[_Shard]) -> dict[str, Any]:
                 outcomes[line["id"]] = line["outcome"]
     number = {o: sum(v == o for v in outcomes.values()) for o in ("passed", "failed", "skipped")}
     failures = sorted(i for i, outcome in outcomes.items() if outcome == "failed")
-    complete = 0 < collected == len(outcomes)
-    return {"collected": collected, **number, "failures": failures, "lost": lost, "complete": complete}
+    broken = [found for shard in shards if (found := shard.broken)]
+    complete = 0 < collected == len(outcomes) and not broken
+    return {
+        **{"collected": collected, **number, "failures": failures, "lost": lost},
+        **{"broken": broken, "complete": complete},
+    }
 
 
 def line(found: dict[str, Any]) -> str:
@@ -163,4 +193,5 @@ def line(found: dict[str, Any]) -> str:
         return str(found["note"])
     text = f"{found['passed']:,} passed, {found['failed']:,} failed, {found['skipped']:,} skipped"
     left = found["collected"] - found["passed"] - found["failed"] - found["skipped"]
-    return text + (f", {left:,} of {found['collected']:,} not reached" if left > 0 else "")
+    text += f", {left:,} of {found['collected']:,} not reached" if left > 0 else ""
+    return "; ".join([text, *found["broken"]])

@@ -22,7 +22,7 @@ import torch
 from . import contenders, limits, machine, op_contenders
 from .gpu_plan import CEILINGS, Unit, units
 from .gpu_store import Store
-from .harness import Contender, Measurement, describe_failure, interleave
+from .harness import Contender, Measurement, describe_failure, failed, interleave
 from .session import row_of
 
 DEVICE_LOST = 3  # exit status: start another process
@@ -94,7 +94,9 @@ class Worker:
                 with contenders.precision(dtype):
                     ceiling = limits.measure_ceiling(self.device, contenders.DTYPES[dtype])
             except Exception as error:
-                self.say(f"ceilings  {dtype}: {describe_failure(error)}")
+                why = f"{dtype}: {failed(f'ceilings {dtype}', error)}"
+                self.store.result["stages"].setdefault("ceilings", {})["note"] = why
+                self.say(f"ceilings  {why}")
                 _check_device(self.device)
                 return None
             found[dtype] = ceiling.as_dict()
@@ -107,13 +109,14 @@ class Worker:
         settled = self.store.settled(unit)
         if len(settled) == len(unit.rows) or (self.parent is not None and os.getppid() != self.parent):
             return
-        failed = {row for row, found in settled.items() if found["failure"]}
+        hopeless = {row for row, found in settled.items() if found["failure"]}
         ready: dict[str, Contender] = {}
+        alone: dict[str, Measurement] = {}
         rows = {" ".join(row): row for row in unit.rows}
         left = 0
         for name, row in rows.items():
             begun = self.now()
-            if row in failed:
+            if row in hopeless:
                 continue
             if begun + unit.seconds(row, self.slowest) > self.deadline:
                 left += 1
@@ -121,19 +124,28 @@ class Worker:
             self.store.begin(unit, row)
             contender, found = self._alone(unit, row)
             if contender is not None and found.failure is None:
-                ready[name] = contender
+                ready[name], alone[name] = contender, found
             self._put(unit, row, contender, found, alone=found.failure is None)
+            if self.stage == "models" or found.failure:
+                self._clear()
             # Right after its row is kept: the next process then leaves this one out.
-            self._clear()
             _check_device(self.device)
             if self.stage == "kernels":
                 self.slowest = max(0.9 * self.slowest, self.now() - begun)
         self.skipped += left
-        if ready and self.now() < self.deadline:
+        if not ready:
+            self.store.end()
+            return
+        if self.now() < self.deadline:
             self.store.begin(unit, None)
-            found_all = interleave(ready, unit.arena.rounds, self.device, self.sample_s)
+            kernels = self.stage == "kernels"
+            found_all = interleave(ready, unit.arena.rounds, self.device, self.sample_s, queued=kernels)
             clocks = machine.clocks(self.device)
             for name, found in found_all.items():
+                if found.failure and alone[name].samples:  # such as out of memory beside the others
+                    self.say(f"{self.stage:<9} {unit.title}  {name}: {found.failure}, timed alone only")
+                    self._put(unit, rows[name], ready[name], alone[name], alone=False)
+                    continue
                 # A unit that lacks rows is measured whole another time: rows compare only within one set of turns.
                 self._put(unit, rows[name], ready[name], found, alone=left > 0, clocks=clocks)
             _check_device(self.device)
@@ -146,10 +158,14 @@ class Worker:
     def _alone(self, unit: Unit, row: tuple[str, str]) -> tuple[Contender | None, Measurement]:
         try:
             contender = self.build(unit.arena, *row, self.device)
+            if self.stage == "kernels":
+                # Here, where a fault is this row's alone; the turns follow within a second.
+                contender.run(0)
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
+                return contender, Measurement()
         except Exception as error:  # the other contenders are still worth measuring
-            return None, Measurement(failure=describe_failure(error))
-        if self.stage == "kernels":
-            return contender, Measurement()  # the turns follow within a second
+            return None, Measurement(failure=failed(f"{unit.title}  {' '.join(row)}", error))
         return contender, interleave({"": contender}, _ALONE_ROUNDS, self.device, self.sample_s)[""]
 
     def _put(
@@ -183,6 +199,27 @@ class Worker:
             torch.cuda.empty_cache()
 
 
+def prepare(plan: Sequence[Unit], deadline: float, device: torch.device, build: Build | None = None) -> None:
+    """Run each row of this package's once, so that Triton's cache on disk has what it compiles to.
+
+    Compiling is one thread's work: several processes do it in a fraction of the time. What fails will fail again where
+    it is measured, and is reported there.
+    """
+    for unit in plan:
+        for row in unit.rows:
+            if row[1].startswith("triton") and time.time() < deadline:
+                try:
+                    (build or op_contenders.op_contender)(unit.arena, *row, device).run(0)
+                    _check_device(device)
+                except DeviceLostError:
+                    return
+                except Exception:  # measured, it is reported
+                    continue
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure one stage; 0, or DEVICE_LOST."""
     parser = argparse.ArgumentParser()
@@ -190,7 +227,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--deadline", type=float, required=True)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--prepare", metavar="I/N", help="only run every N-th unit's rows once, from the I-th on")
     args = parser.parse_args(argv)
+    gc.freeze()  # what was imported stays: collecting between rows should not look at it
+    if args.prepare:
+        index, count = map(int, args.prepare.split("/"))
+        prepare(units(args.stage)[index::count], args.deadline, torch.device(args.device))
+        return 0
     store = Store.load(args.results)
     worker = Worker(args.stage, store, args.deadline, torch.device(args.device), parent=os.getppid())
     try:

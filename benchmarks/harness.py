@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +19,9 @@ from torch import Tensor
 # is one call unless a call is shorter than a clock can be trusted with.
 _GPU_SAMPLE_S = 0.05
 _CPU_SAMPLE_S = 0.005
+# Of a sample whose calls are queued before the device begins: a queue holds some thousand launches.
+_QUEUED_CALLS = 20
+_CLOCK_HZ = 2.0e9  # above any GPU's: waiting is counted in its cycles
 
 
 @dataclass
@@ -40,22 +45,38 @@ class Contender:
     graphed: bool = False
 
 
-def describe_failure(error: Exception) -> str:
+def describe_failure(error: BaseException) -> str:
     """One short line for a table: "OOM", or what went wrong."""
     if isinstance(error, torch.OutOfMemoryError):
         return "OOM"
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    inner = getattr(error, "inner_exception", None)  # of torch.compile's
+    if isinstance(inner, BaseException):
+        return describe_failure(inner)
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    # A compiler says where first, then shows the code, and says what last.
+    line = f"{type(error).__name__} {lines[0]} {lines[-1].strip()}" if lines[0].endswith(":") else lines[0]
+    return line[:200]
+
+
+def failed(what: str, error: BaseException) -> str:
+    """``describe_failure``, with all there is to say of it on stderr."""
+    print(f"==== {what}", file=sys.stderr)
+    traceback.print_exception(error)
+    sys.stderr.flush()
+    return describe_failure(error)
 
 
 @dataclass
 class Measurement:
     """What interleaved timing found for one contender. Times are seconds a call; peak_bytes beyond what was there.
 
-    ``failure`` says why there is no time, if the contender failed; the others' times stand.
+    ``failure`` says why there is no time, if the contender failed; the others' times stand. ``host_s``: what a call
+    takes its caller where nobody waits for the device; of queued samples only.
     """
 
     samples: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
+    host_s: float | None = None
     failure: str | None = None
 
     @property
@@ -70,32 +91,49 @@ def relative_error(out: Tensor, truth: Tensor) -> float:
 
 
 def interleave(
-    contenders: dict[str, Contender], rounds: int, device: torch.device, sample_s: float | None = None
+    contenders: dict[str, Contender],
+    rounds: int,
+    device: torch.device,
+    sample_s: float | None = None,
+    queued: bool = False,
 ) -> dict[str, Measurement]:
     """Time every contender ``rounds`` times, taking turns, the order rotating by one each round.
 
     Taking turns lets a drift of the machine's speed fall on all of them alike; rotating keeps any one from always
-    following the same neighbour. ``sample_s``: seconds a sample lasts at least, if not the device's usual.
+    following the same neighbour.
+
+    Args:
+        contenders: by name.
+        rounds: samples of each.
+        device: where they run.
+        sample_s: seconds a sample lasts at least, if not the device's usual.
+        queued: let a GPU begin when a sample's calls are all queued. What launching costs then shows in ``host_s``
+            alone, and the time is the device's, as in a CUDA graph; else a call that the device does faster than
+            its caller launches it is timed by its caller.
     """
     found = {name: Measurement() for name in contenders}
     calls: dict[str, int] = {}
     target = sample_s or (_GPU_SAMPLE_S if device.type == "cuda" else _CPU_SAMPLE_S)
+    queued = queued and device.type == "cuda"
 
     def attempt(name: str, step: Callable[[], None]) -> None:
         try:
             step()
         except Exception as error:  # whatever it is, the other contenders' times are worth keeping
-            found[name].failure = describe_failure(error)
+            found[name].failure = failed(name, error)
 
     def warm_up(name: str) -> None:
         contender = contenders[name]
         contender.run(0)
         calls[name] = max(1, round(target / _sample(contender, 1, 0, device)))
+        if queued:
+            calls[name], found[name].host_s = _to_queue(contender, min(calls[name], _QUEUED_CALLS), device)
         if not contender.graphed:
             found[name].peak_bytes = peak_bytes(lambda: contender.run(0), device)
 
     def sample(name: str, index: int) -> None:
-        seconds = _sample(contenders[name], calls[name], index * calls[name], device)
+        hold = _hold_s(calls[name], found[name].host_s)
+        seconds = _sample(contenders[name], calls[name], index * calls[name], device, hold)
         found[name].samples.append(seconds / calls[name])
 
     for name in contenders:
@@ -108,21 +146,49 @@ def interleave(
     return found
 
 
-def _sample(contender: Contender, calls: int, first: int, device: torch.device) -> float:
+def _sample(contender: Contender, calls: int, first: int, device: torch.device, hold_s: float = 0) -> float:
     """Seconds that ``calls`` calls take together: by CUDA events on a GPU, by the clock on a CPU."""
     if device.type == "cuda":
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        torch.cuda.synchronize(device)
-        begin.record()
-        for i in range(calls):
-            contender.run(first + i)
-        end.record()
-        end.synchronize()
-        return float(begin.elapsed_time(end)) / 1e3
+        return _on_gpu(contender, calls, first, device, hold_s)[0]
     start = time.perf_counter()
     for i in range(calls):
         contender.run(first + i)
     return time.perf_counter() - start
+
+
+def _on_gpu(
+    contender: Contender, calls: int, first: int, device: torch.device, hold_s: float
+) -> tuple[float, float, bool]:
+    """(the device's seconds, the caller's, whether the device waited for nobody), the device held at first."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize(device)
+    if hold_s:
+        torch.cuda._sleep(int(hold_s * _CLOCK_HZ))  # type: ignore[no-untyped-call]
+    begin.record()
+    start = time.perf_counter()
+    for i in range(calls):
+        contender.run(first + i)
+    host = time.perf_counter() - start
+    ahead = not begin.query()  # type: ignore[no-untyped-call]
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3, host, ahead
+
+
+def _hold_s(calls: int, host_s: float | None) -> float:
+    """How long to hold the device back while calls are queued, with room for a slow moment."""
+    return 1.5 * calls * host_s + 1e-4 if host_s else 0
+
+
+def _to_queue(contender: Contender, calls: int, device: torch.device) -> tuple[int, float]:
+    """(calls that can be queued at once, seconds that one takes its caller).
+
+    Fewer than asked for where the queue is full before: the caller then waits for a device that waits for it.
+    """
+    host = min(_on_gpu(contender, 1, 0, device, 0)[1] for _ in range(3))
+    while calls > 1 and not _on_gpu(contender, calls, 0, device, _hold_s(calls, host))[2]:
+        calls //= 2
+    return calls, host
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import platform
 import re
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+import dico_kernels
 from dico_kernels import build_info
 
 
@@ -41,6 +43,15 @@ def _commit() -> str | None:
     return head + ("+changes" if _output("git", "status", "--porcelain", "--untracked-files=no") else "")
 
 
+def source() -> str:
+    """A digest of the package's Python, for where there is no commit or it is not all: changes are another source."""
+    digest = hashlib.sha256()
+    root = Path(dico_kernels.__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def device() -> torch.device:
     """Where benchmarks run: the current CUDA device if torch sees one, else the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
@@ -55,6 +66,7 @@ def describe() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "commit": _commit(),
+        "source": source(),
         "build": build_info(),
         "flags": "fp32 and bf16: matmul precision highest, cuDNN TF32 on (torch's defaults); tf32: high, on",
     }

@@ -69,7 +69,8 @@ class ModelArena:
 
     def title(self) -> str:
         """What all its rows share."""
-        return f"{self.scale}-{self.resolution}-b{self.batch}-{self.dtype}-{self.mode}"
+        compiled = "-compiled" if self.compiled else ""
+        return f"{self.scale}-{self.resolution}-b{self.batch}-{self.dtype}-{self.mode}{compiled}"
 
 
 @dataclass(frozen=True)

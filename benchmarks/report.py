@@ -104,6 +104,7 @@ KERNEL_COLUMNS: list[Column] = [
     ("ms", lambda r: _number(r["median_s"] and r["median_s"] * 1e3, "{:.3f}", "failed")),
     ("vs eager", lambda r: _number(r.get("vs_eager"), "{:.2f}x")),
     ("MB", lambda r: _number(r.get("moved") and r["moved"] / 1e6, "{:,.0f}")),
+    ("launch us", lambda r: _number(r.get("host_s") and r["host_s"] * 1e6, "{:.0f}")),
     ("GB/s", lambda r: _number(_rate(r, "moved", 1e9), "{:,.0f}")),
     ("TFLOP/s", lambda r: _number(_rate(r, "macs", 0.5e12), "{:.1f}")),
     ("limit", lambda r: _number(r.get("share"), "{:.0%}")),
@@ -157,7 +158,8 @@ def tables(result: Result) -> list[tuple[str, list[Column], list[Row]]]:
     if blocks:
         found.append((BLOCK_TITLE, BLOCK_COLUMNS, _by_block(blocks)))
     if result.get("kernels"):
-        title = "fused ops against eager channels_last; MB: least bytes; limit: of the copy or matmul rate, as by says"
+        title = "fused ops against eager channels_last, on the device alone; launch: what a call takes its caller"
+        title += "\nMB: least bytes; limit: of the copy or matmul rate, as by says"
         found.append((title, _used(KERNEL_COLUMNS, result["kernels"]), result["kernels"]))
     return found
 
@@ -255,10 +257,12 @@ def _separated(lines: list[str], rows: list[Row]) -> list[str]:
 
 
 def failures(result: Result) -> str:
-    """A line for each row of ``bench gpu`` that failed, with the reason; "" where none did."""
+    """A line for each row of ``bench gpu`` that failed or is wrong, with the reason; "" where none did."""
     rows = [*result.get("kernels", []), *(result["models"] if "stages" in result else [])]
-    names = [(r["arena"], r.get("model") or r.get("op"), r["contender"], r["failure"]) for r in rows if r["failure"]]
-    return "\n".join(f"- {arena}, {name} {contender}: {failure}" for arena, name, contender, failure in names)
+    found = [(r, r["failure"] or r.get("wrong")) for r in rows]
+    return "\n".join(
+        f"- {r['arena']}, {r.get('model') or r.get('op')} {r['contender']}: {reason}" for r, reason in found if reason
+    )
 
 
 def markdown(result: Result) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from . import contenders, limits, machine, presets, report
-from .harness import Contender, Measurement, describe_failure, interleave
+from .harness import Contender, Measurement, failed, interleave
 
 
 class RecordedClock:
@@ -68,7 +68,7 @@ class Session:
                 try:
                     ready[key] = build(arena, *key, self.device)
                 except Exception as error:  # the other contenders are still worth measuring
-                    self._found[key] = None, Measurement(failure=describe_failure(error))
+                    self._found[key] = None, Measurement(failure=failed(f"{arena.title()} {' '.join(key)}", error))
             names = {" ".join(key): key for key in ready}
             found = interleave({n: ready[k] for n, k in names.items()}, arena.rounds, self.device)
             self._clocks = machine.clocks(self.device)
@@ -136,6 +136,7 @@ def row_of(
         "samples_s": found.samples,
         "share": share,
         "peak_bytes": found.peak_bytes,
+        "host_s": found.host_s,
         "clocks": clocks,
     }
     for name in ("macs", "moved", "error", "compile_s"):

@@ -32,7 +32,9 @@ def count_macs_by_op(module: nn.Module, *args: Tensor) -> dict[str, int]:
 
     Counted by torch's own counter on the meta device, where attention is plain products and no memory is touched.
     """
-    shadow = copy.deepcopy(module).to("meta").eval()
+    # A copy whose parameters were on the meta device from the start: a large model's would take seconds to copy.
+    memo = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in module.parameters()}
+    shadow = copy.deepcopy(module, memo).to("meta").eval()
     for m in shadow.modules():
         # The counter does not see into a fused op; the class that a fused module came from does the same work.
         m.__class__ = getattr(type(m), "fused_original", None) or type(m)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -37,21 +38,26 @@ def _factor(name: str, shape: tuple[int, ...], regime: Regime) -> float:
 
 
 @torch.no_grad()
-def fill_(model: nn.Module, regime: Regime = "hard") -> nn.Module:
+def fill_(
+    model: nn.Module,
+    regime: Regime = "hard",
+    normal: Callable[[str, tuple[int, ...]], np.ndarray | Tensor] = named_normal,
+) -> nn.Module:
     """Overwrite every trainable parameter by name; returns the model.
 
     Args:
         model: any module; frozen parameters (DiT's position table) keep their values.
         regime: "hard" (unit-gain layers, the weights of tests/golden) or "small" (all N(0, 0.02)).
+        normal: (name, shape) -> standard normal values: others than those of tests/golden, where their speed matters.
     """
     if regime not in ("hard", "small"):
         raise ValueError(f"regime={regime!r}: expected 'hard' or 'small'")
     for name, p in model.named_parameters():
         if p.requires_grad:
             shape = tuple(p.shape)
-            values = named_normal(name, shape) * _factor(name, shape, regime)
+            values = torch.as_tensor(normal(name, shape)) * _factor(name, shape, regime)
             # Through float32, the precision of the golden weights, also for a float64 model.
-            p.copy_(torch.from_numpy(values.astype(np.float32)))
+            p.copy_(values.float())
     return model
 
 

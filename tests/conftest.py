@@ -10,6 +10,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+# cuDNN's convolutions may use TF32 by default: the reference would then be further from float64 than the budgets allow.
+torch.backends.cudnn.allow_tf32 = False
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

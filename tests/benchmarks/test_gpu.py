@@ -1,4 +1,4 @@
-"""`bench gpu` without a GPU: its plan, what it keeps when cut off, and each stage run on the CPU or by stand-ins."""
+"""`bench gpu` without a GPU: its plan, what is left when it is cut off, and all of it run on the CPU by stand-ins."""
 
 from __future__ import annotations
 
@@ -12,33 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from gpu_cases import model_unit, op_unit
 from support import ROOT, run_python
 
 import dico_kernels as dk
-from dico_kernels.benchmarks import gpu, gpu_plan, gpu_tests, report
-from dico_kernels.benchmarks.gpu_plan import Unit
-from dico_kernels.benchmarks.gpu_store import Store
-from dico_kernels.benchmarks.gpu_worker import DEVICE_LOST, Worker
-from dico_kernels.benchmarks.harness import Contender
+from dico_kernels.benchmarks import gpu, gpu_plan, report
+from dico_kernels.benchmarks.gpu_worker import DEVICE_LOST
 from dico_kernels.benchmarks.limits import op_work
-from dico_kernels.benchmarks.presets import ModelArena, OpArena
-
-CPU = torch.device("cpu")
-MACHINE = {"device": "a card", "kind": "cuda", "commit": "abc", "threads": 1, "build": {"torch": "2", "version": "0"}}
-
-
-@pytest.fixture
-def store(tmp_path):
-    return Store.open(tmp_path / "gpu.json", MACHINE)
-
-
-def op_unit(op="grn", contenders=("channels_last", "native"), backward=False):
-    return Unit("kernels", OpArena(op, "S", 2, 8, 4, "fp32", backward, 2), tuple((op, c) for c in contenders))
-
-
-def model_unit(*rows, resolution=64, rounds=2):
-    return Unit("models", ModelArena("S", resolution, 2, "fp32", rounds=rounds), rows)
-
 
 # ---- plan ----
 
@@ -66,8 +46,11 @@ def test_the_plan_is_in_order_of_importance_and_complete():
     assert all(u.arena.batch == 64 and u.arena.dtype == "bf16" for u in kernels)
     first = models[0]
     assert (first.title, first.rows[0]) == ("XL-256-b64-bf16-inference", ("DiCo-XL", "channels_last"))
-    assert [c for _, c in first.rows][-2:] == ["compile_default"] * 2  # what is dear comes last
-    assert [u.title for u in models[1:3]] == ["XL-512-b64-bf16-inference", "XL-256-b32-bf16-training"]
+    assert [u.title for u in models[1:3]] == ["XL-256-b32-bf16-training", "XL-256-b1-bf16-inference"]
+    compiles = [any(c.startswith("compile") for _, c in u.rows) for u in models]
+    assert compiles == sorted(compiles)  # what is dear comes last
+    assert [u.arena.compiled for u in models] == compiles
+    assert [c for _, c in models[-1].rows] == ["fused", "compile_default", "compile_default"]
 
 
 def test_the_work_of_ops_adds_up_to_the_models():
@@ -85,91 +68,44 @@ def test_the_work_of_ops_adds_up_to_the_models():
     assert op_work("adaln_modulate", 64, 416, 32, False, 2) == (0, 2 * 2 * 64 * 416 * 1024)
 
 
-# ---- store ----
+def test_wrong_results_are_named_and_change_the_exit_status(store):
+    def row(contender, error, failure=None):
+        return {
+            **{"arena": "a", "op": "grn", "contender": contender, "error": error, "failure": failure},
+            **{"dtype": "bf16", "median_s": None, "mode": "forward", "batch": 1},
+        }
 
-
-def test_a_store_goes_on_where_it_was_on_the_same_device_and_commit(store, tmp_path):
-    store.result["ceilings"]["bf16"] = {"flops": 1.0, "bytes": 1.0}
-    store.save()
-    assert Store.open(store.path, MACHINE).result["ceilings"]
-    other = Store.open(store.path, {**MACHINE, "commit": "def"})
-    assert not other.result["ceilings"]
-    aside = list(tmp_path.glob("gpu-*.json"))
-    assert [report.load(p)["machine"]["commit"] for p in aside] == ["abc"]
-    assert not list(tmp_path.glob("*.partial"))
-
-
-def test_what_was_in_flight_is_buried(store):
-    unit = model_unit(("DiCo-S", "fused"), ("DiT-S/2", "eager"))
-    assert not store.bury("nothing to bury")
-    store.begin(unit, ("DiCo-S", "fused"))
-    assert Store.load(store.path).bury("crashed")
-    store = Store.load(store.path)
-    assert store.result["in_flight"] is None
-    assert store.settled(unit)["DiCo-S", "fused"]["failure"] == "crashed"
-    assert "fused: crashed" in gpu.text(store.result)
-
-
-# ---- worker ----
-
-
-def sleeper(seconds):
-    return Contender(lambda i: time.sleep(seconds), macs=10.0, moved=10.0)
-
-
-def worker(store, plan, build, until=60.0, stage="models", **options):
-    store.result["ceilings"] = {"fp32": {"flops": 1e9, "bytes": 1e9}}
-    return Worker(stage, store, time.time() + until, CPU, plan=plan, build=build, say=lambda line: None, **options)
-
-
-def test_rows_are_kept_at_once_and_replaced_by_those_timed_in_turns(store):
-    unit = model_unit(("DiCo-S", "fused"), ("DiT-S/2", "eager"))
-    kept = []
-
-    def build(arena, name, how, device):
-        kept.append([(r["contender"], r["alone"]) for r in report.load(store.path)["models"]])
-        return sleeper(0.006)
-
-    worker(store, [unit], build).run()
-    assert kept == [[], [("fused", True)]]
-    rows = report.load(store.path)["models"]
-    assert [(r["model"], r["alone"], len(r["samples_s"])) for r in rows] == [
-        ("DiCo-S", False, 2),
-        ("DiT-S/2", False, 2),
+    rows = [row("channels_last", 3e-3), row("triton", 5e-3), row("triton/library", 2.0), row("bad", float("nan"))]
+    store.result["kernels"] = [*rows, row("large", None, "OOM")]
+    gpu.finish(store.result)
+    assert [r["wrong"] for r in store.result["kernels"]] == [
+        None,
+        None,
+        "WRONG: error 2.0e+00 where plain PyTorch has 3.0e-03",
+        "WRONG: error nan where plain PyTorch has 3.0e-03",
+        None,
     ]
-    assert all(r["img_s"] == pytest.approx(2 / r["median_s"]) for r in rows)
-    worker(store, [unit], build).run()
-    assert len(kept) == 2  # settled
+    assert "grn triton/library: WRONG: error 2.0e+00" in gpu.text(store.result)
+    assert gpu._at_fault(store.result)
+    store.result["kernels"] = [rows[0], rows[1], row("large", None, "OOM")]
+    gpu.finish(store.result)
+    assert not gpu._at_fault(store.result)
+    for key, value in (("tests", {"failures": ["t"]}), ("stages", {"models": {"state": "failed: x"}})):
+        assert gpu._at_fault({**store.result, key: value})
 
 
-def test_a_row_that_would_not_fit_is_left_and_measured_another_time(store):
-    unit = model_unit(("DiCo-S", "fused"), ("DiCo-S", "compile_default"))
-    built = []
+def test_a_stage_that_fails_leaves_the_others(tmp_path, monkeypatch):
+    def broken(*_):
+        raise OSError("no space left")
 
-    def build(arena, name, how, device):
-        built.append(how)
-        return sleeper(0.006)
-
-    first = worker(store, [unit], build, until=30)  # compiling is expected to take 40
-    first.run()
-    assert (built, first.skipped) == (["fused"], 1)
-    assert "1 rows left for want of time" in store.result["stages"]["models"]["note"]
-    second = worker(store, [unit], build)
-    second.run()
-    assert built == ["fused", "fused", "compile_default"]  # again, for turns with the other
-    assert not any(r["alone"] for r in store.result["models"])
-    assert store.result["stages"]["models"]["note"] == ""
-
-
-def test_a_contender_that_cannot_be_built_leaves_the_others(store):
-    def build(arena, op, how, device):
-        if how == "native":
-            raise RuntimeError("no such kernel\nat length")
-        return sleeper(0.006)
-
-    worker(store, [op_unit()], build, stage="kernels").run()
-    found = {r["contender"]: r["failure"] for r in store.result["kernels"]}
-    assert found == {"channels_last": None, "native": "no such kernel"}
+    monkeypatch.setattr(gpu, "_tests", broken)
+    plan = {"kernels": [op_unit("adaln_modulate")], "ceilings": ["fp32"]}
+    lines = []
+    status = gpu.run(["tests", "ceilings", "kernels"], tmp_path, 2, device="cpu", plan=plan, say=lines.append)
+    assert status == 1
+    result = report.load(tmp_path / "gpu.json")
+    states = {stage: kept["state"] for stage, kept in result["stages"].items()}
+    assert states == {"tests": "failed: no space left", "ceilings": "done", "kernels": "done"}
 
 
 # ---- the processes ----
@@ -180,7 +116,7 @@ from dico_kernels.benchmarks.gpu_store import Store
 from dico_kernels.benchmarks.gpu_worker import Worker, DEVICE_LOST, DeviceLostError
 from dico_kernels.benchmarks.harness import Contender
 sys.path.insert(0, {folder!r})
-from test_gpu import CPU, model_unit
+from gpu_cases import CPU, model_unit
 
 HOW = ("good", "dies", "lost", "hangs", "late")
 def build(arena, name, how, device):
@@ -212,7 +148,7 @@ except DeviceLostError:
 @pytest.fixture
 def fake(tmp_path):
     script, log = tmp_path / "fake.py", tmp_path / "starts"
-    script.write_text(FAKE.format(folder=str(Path(__file__).parent), log=str(log)))
+    script.write_text(FAKE.format(folder=str(ROOT / "tests"), log=str(log)))
 
     def launch(stage, path, until):
         return [sys.executable, str(script), str(path), str(until)]
@@ -267,64 +203,6 @@ def test_a_signal_leaves_a_report(tmp_path):
     assert report.load(tmp_path / "gpu.json")["in_flight"] is None
 
 
-# ---- tests ----
-
-
-@pytest.fixture
-def small_clone(tmp_path):
-    root = tmp_path / "clone"
-    (root / "tests").mkdir(parents=True)
-    (root / "pyproject.toml").write_text("[tool.pytest.ini_options]\n")
-    (root / "tests" / "test_some.py").write_text(
-        "import pytest\n"
-        "@pytest.mark.parametrize('i', range(6))\n"
-        "def test_good(i): pass\n"
-        "def test_bad(): assert 1 == 2\n"
-        "def test_native(): assert 0\n"
-        "def test_skipped(): pytest.skip('no')\n"
-    )
-    return root
-
-
-def test_tests_are_counted_over_processes(tmp_path, small_clone):
-    seen = []
-    options = {"processes": 2, "tests": ["tests"], "root": small_clone, "keep": seen.append, "poll_s": 0.1}
-    found = gpu_tests.run(tmp_path, time.time() + 60, **options)
-    assert gpu_tests.line(found) == "6 passed, 1 failed, 1 skipped"
-    assert found["complete"]
-    assert found["failures"] == ["tests/test_some.py::test_bad"]
-    assert "assert 1 == 2" in (tmp_path / "tests.log").read_text()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["clone", "tests.log"]
-    assert seen
-
-
-def test_a_lost_device_ends_a_process_and_another_goes_on(tmp_path, small_clone):
-    (small_clone / "tests" / "test_lost.py").write_text(
-        "import torch\n"
-        "def lost(): raise RuntimeError('illegal memory access')\n"
-        "def test_faulty():\n    torch.cuda.is_available, torch.cuda.synchronize = lambda: True, lost\n"
-    )
-    found = gpu_tests.run(tmp_path, time.time() + 60, 1, ["tests"], root=small_clone, poll_s=0.1)
-    assert found["lost"] == ["tests/test_lost.py::test_faulty"]
-    assert "tests/test_lost.py::test_faulty" in found["failures"]
-    assert (found["passed"], found["complete"]) == (6, True)
-
-
-def test_tests_end_by_the_deadline_and_say_what_is_missing(tmp_path, small_clone, monkeypatch):
-    monkeypatch.setattr(gpu_tests, "_GRACE_S", 4.0)
-    (small_clone / "tests" / "test_slow.py").write_text("import time\ndef test_slow(): time.sleep(100)\n")
-    began = time.time()
-    found = gpu_tests.run(tmp_path, began + 14, 1, ["tests"], root=small_clone, poll_s=0.1)
-    assert time.time() - began < 20
-    assert not found["complete"]
-    assert "of 9 not reached" in gpu_tests.line(found)
-
-
-def test_without_a_clone_tests_say_so(monkeypatch, tmp_path):
-    monkeypatch.setattr(gpu_tests, "clone", lambda: None)
-    assert "no clone" in gpu_tests.line(gpu_tests.run(tmp_path, time.time() + 5))
-
-
 # ---- all of it, on the CPU ----
 
 
@@ -346,7 +224,7 @@ def test_every_stage_runs_on_the_cpu(tmp_path, small_clone):
     out = tmp_path / "out"
     status = gpu.run(gpu_plan.STAGES, out, 8, device="cpu", plan=plan, say=lines.append, root=small_clone,
                      tests=["tests"], processes=1, poll_s=0.2)  # fmt: skip
-    assert status == 0
+    assert status == 1  # a test failed, and there is no graph on a CPU
     result = report.load(out / "gpu.json")
     assert {s: v["state"] for s, v in result["stages"].items()} == dict.fromkeys(gpu_plan.STAGES, "done")
     failures = {(r["arena"], r["contender"]): r["failure"] for r in [*result["kernels"], *result["models"]]}
@@ -370,7 +248,7 @@ def test_every_stage_runs_on_the_cpu(tmp_path, small_clone):
     assert "`tests/test_some.py::test_bad`" in written
     json.dumps(result, allow_nan=False)
     # Again, with nothing left to do.
-    assert gpu.run(["kernels", "models"], out, 8, device="cpu", plan=plan, say=lines.append) == 0
+    assert gpu.run(["kernels", "models"], out, 8, device="cpu", plan=plan, say=lines.append) == 1
     assert report.load(out / "gpu.json")["kernels"] == result["kernels"]
 
 

@@ -10,7 +10,6 @@ from dico_kernels import native
 from dico_kernels.dtypes import accumulation_dtype
 from dico_kernels.reference import functional as F
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 VECTORS = 3
 # A row of one or two channels is the same whatever its values: its gradient is zero, and no relative error is.
 GRADIENT_SHAPES = [(1, 3, 1, 1), (2, 5, 3, 7), (3, 17, 4, 4), (1, 33, 1, 9), (2, 136, 11, 13), (1, 416, 3, 5)]
@@ -36,25 +35,23 @@ def seam(x, branch, gate, shift, scale, dy, dh, eps=1e-6):
     return [y, h, *native.gated_residual_adaln_backward(dy, dh, y, branch, gate, scale, mean, rstd)]
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_against_float64(isa, shape, dtype, device, image, vector):
-    """Forward, on a GPU too."""
+def test_against_float64(isa, shape, dtype, image, vector):
     n, c = shape[:2]
-    x, shift, scale = (v.to(device) for v in (image(shape, dtype), *conditions(n, c, dtype, vector)[:2]))
+    x, (shift, scale, _) = image(shape, dtype), conditions(n, c, dtype, vector)
     y, mean, rstd = native.adaln_modulate(x, shift, scale)
-    exact = x.double().cpu()
-    truth = F.adaln_modulate(exact, shift.double().cpu(), scale.double().cpu())
-    rough = rel_rms(F.adaln_modulate(x, shift, scale).cpu(), truth) if truth.norm() > 0 else 0
+    exact = x.double()
+    truth = F.adaln_modulate(exact, shift.double(), scale.double())
+    rough = rel_rms(F.adaln_modulate(x, shift, scale), truth) if truth.norm() > 0 else 0
     band = 1e-13 if dtype == torch.float64 else torch.finfo(dtype).eps / 2
     assert y.dtype == dtype
     assert y.is_contiguous(memory_format=torch.channels_last)
-    assert rel_rms(y.cpu(), truth) <= (band if dtype == torch.float64 else 2 * rough + band)
+    assert rel_rms(y, truth) <= (band if dtype == torch.float64 else 2 * rough + band)
     assert mean.shape == rstd.shape == (n, *shape[2:])
     assert mean.dtype == rstd.dtype == accumulation_dtype(dtype)
     limit = 1e-13 if dtype == torch.float64 else 1e-6
     centre, variance = exact.mean(1), exact.var(1, unbiased=False)
-    torch.testing.assert_close(mean.double().cpu(), centre, rtol=limit, atol=limit)
-    torch.testing.assert_close(rstd.double().cpu(), (variance + 1e-6).rsqrt(), rtol=limit, atol=limit)
+    torch.testing.assert_close(mean.double(), centre, rtol=limit, atol=limit)
+    torch.testing.assert_close(rstd.double(), (variance + 1e-6).rsqrt(), rtol=limit, atol=limit)
 
 
 @pytest.mark.parametrize("shape", GRADIENT_SHAPES, ids=str)

@@ -168,6 +168,8 @@ class TestNativeProducts:
 class TestFusedProducts:
     """The products as Triton's own kernel, with what surrounds them inside."""
 
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
     @pytest.fixture(autouse=True)
     def fused(self):
         pytest.importorskip("triton", reason="Triton is not installed")
@@ -178,16 +180,14 @@ class TestFusedProducts:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
     @pytest.mark.usefixtures("poisoned")
     def test_against_float64(self, case, shape, dtype):
-        check_against_float64(case, case.arguments(shape), dtype, "cuda" if torch.cuda.is_available() else "cpu")
+        check_against_float64(case, case.arguments(shape), dtype, self.device)
 
     def test_the_choice_is_explained(self, case):
-        arguments = [a.float() for a in case.arguments((1, 16, 4, 4))]
-        if torch.cuda.is_available():
-            arguments = [a.cuda() for a in arguments]
+        arguments = [a.float().to(self.device) for a in case.arguments((1, 16, 4, 4))]
         assert [row.choice.entry for row in dk.explain(case.op, *arguments)] == [f"{case.name}_forward"]
 
     def test_refused_for_a_stream_of_another_dtype(self, case):
-        arguments = _mixed(case, torch.bfloat16)
+        arguments = [a.to(self.device) for a in _mixed(case, torch.bfloat16)]
         with pytest.raises(BackendError, match=r"products='fused': x is torch.float32, weights torch.bfloat16"):
             case.op(*arguments)
 
