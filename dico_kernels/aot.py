@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dico_kernels._sass import loop_spills, overwritten, serialised
 from dico_kernels.dtypes import accumulation_dtype
 
 if TYPE_CHECKING:
@@ -184,9 +185,10 @@ def kernels() -> dict[str, Kernel]:
             torch.set_float32_matmul_precision(setting)
             for dtype, n, c, size in levels:
                 add(_calls(dtype, n, c, size), dtype, 0)
-            add(_products(torch.float32, 64, 416, 32), torch.float32, 90)
-        # tiles of one sample, of two, and of any number; for GPUs without and with TMA
-        for capability in (80, 90):
+            for capability in (80, 90):
+                add(_products(torch.float32, 64, 416, 32), torch.float32, capability)
+        # tiles of one sample, of two, and of any number; for GPUs without and with TMA, and for Hopper's wgmma
+        for capability in (80, 90, 100):
             for n, c, size in ((64, 416, 32), (256, 1664, 8), (64, 416, 15)):
                 add(_products(torch.bfloat16, n, c, size), torch.bfloat16, capability)
         add(_products(torch.float64, 64, 416, 32), torch.float64, 90)
@@ -197,7 +199,14 @@ def kernels() -> dict[str, Kernel]:
 
 def _wanted(kernel: Kernel, target: str) -> bool:
     # The launcher takes TMA where the device has it; float32 does without.
-    tma = kernel.launch.constants.get("TMA")
+    constants = kernel.launch.constants
+    # What a launcher adds for wgmma's sake is for Hopper alone, and nothing else is for Hopper where it adds that.
+    if constants.get("DRAIN"):
+        return target == "sm_90"
+    in_registers = constants.get("PROLOGUE", "none") != "none"
+    if target == "sm_90" and in_registers and (kernel.dtype.itemsize == 2 or constants["PRECISION"] == "tf32"):
+        return False
+    tma = constants.get("TMA")
     if kernel.dtype == torch.bfloat16 and tma is not None and tma != (target in ("sm_90", "sm_100")):
         return False
     # float64 is for checking, and AMD is a smoke test: one target and one type are enough for those.
@@ -274,35 +283,13 @@ def _dump(tool: Any, option: str, cubin: bytes) -> str:
         return subprocess.run([tool.path, option, file.name], capture_output=True, text=True, check=True).stdout
 
 
-def serialised(sass: str) -> bool:
-    """Whether there is a wait for everything in flight for (at least) every wgmma instruction of machine code."""
-    matmuls = len(re.findall(r"\bHGMMA\b", sass))
-    return 0 < matmuls <= len(re.findall(r"WARPGROUP\.DEPBAR\S* gsb0, 0x0\b", sass))
-
-
-def loop_spills(sass: str) -> int:
-    """Accesses to spilled registers in the loop around the wgmma instructions of machine code."""
-    position: dict[str, int] = {}
-    instructions: list[str] = []
-    loops: list[list[str]] = []
-    for line in sass.splitlines():
-        if match := re.match(r"\s*(\.L\w+):", line):
-            position[match[1]] = len(instructions)
-        elif line.rstrip().endswith(";"):
-            instructions.append(line)
-            match = re.search(r"\bBRA\b.*?(\.L\w+)", line)
-            if match and match[1] in position:
-                loops.append(instructions[position[match[1]] :])
-    # waits jump back from outside of the loop, which makes larger ones of it
-    loops = [loop for loop in loops if any("HGMMA" in line for line in loop)]
-    return sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in min(loops, key=len, default=[]))
-
-
 def _faults(launch: Launch, target: str, asm: Any, sass: str) -> str:
-    """What keeps a product that is made for tensor cores from them."""
+    """What keeps a product that is made for tensor cores from them, or makes it wrong."""
     matrix = {"sm_90": "wgmma", "sm_100": "tcgen05.mma"}.get(target)
     if launch.constants.get("TMA") and matrix and matrix not in asm["ptx"]:
         return f"no {matrix} instruction"
+    if early := overwritten(sass):
+        return f"overwrites what a wgmma in flight reads: {early[0]}"
     return "registers spill in the loop" if loop_spills(sass) else ""
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import json
+from pathlib import Path
 
 import pytest
-from support import ROOT, run_python
+from support import run_python
 
-from dico_kernels import aot
+from dico_kernels import _sass, aot
 
 triton = pytest.importorskip("triton")
 KERNEL = "gated_residual_fwd bf16 ROWS=32"
@@ -16,7 +17,7 @@ KERNEL = "gated_residual_fwd bf16 ROWS=32"
 
 def gate(*args, interpret="1"):
     # set or not, the gate has to compile: the suite itself runs with it set
-    return run_python("-m", "dico_kernels.aot", "--targets", "sm_90", "--jobs", "1", *args, cwd=ROOT,
+    return run_python("-m", "dico_kernels.aot", "--targets", "sm_90", "--jobs", "1", *args, cwd=Path("/"),
                       TRITON_INTERPRET=interpret)  # fmt: skip
 
 
@@ -122,7 +123,12 @@ def test_narrow_offsets(old, new, problem):
     ],
 )
 def test_serialised_matrix_instructions(sass, serial):
-    assert aot.serialised(sass) is serial
+    assert _sass.serialised(sass) is serial
+
+
+def test_a_step_waits_for_what_the_one_before_reads():
+    done = gate("--kernels", "PROLOGUE=norm PART=0 BIAS CHANNEL=none SAMPLES=1")
+    assert done.returncode == 0, done.stdout
 
 
 LOOP = """
@@ -141,4 +147,41 @@ LOOP = """
     [("", "", 0), ("  HGMMA", "  LDL R2, [R1] ;\n  HGMMA", 1), ("HGMMA", "HMMA", 0)],
 )
 def test_spills_in_the_loop(old, new, spills):
-    assert aot.loop_spills(LOOP.replace(old, new, 1)) == spills
+    assert _sass.loop_spills(LOOP.replace(old, new, 1)) == spills
+
+
+IN_FLIGHT = """
+.L_x_1:
+        /*1bf0*/                   LDSM.16.M88.4 R88, [R12] ;
+        /*1c00*/              @P0  HADD2.BF16_V2 R92, R92, R6 ;
+        /*1c10*/                   HGMMA.64x128x16.F32.BF16 R24, R88, gdesc[UR20], R24, gsb0 ;
+        /*1c20*/                   WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
+        /*1c30*/                   HGMMA.64x128x16.F32.BF16 R24, R92, gdesc[UR20], R24, gsb0 ;
+        /*1c40*/                   WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
+        /*1c50*/                   ISETP.GE.AND P0, PT, R94, R93, PT ;
+        /*1c60*/                   ST.E [R92.64], R93 ;
+        /*1c70*/                   R2UR UR4, R92 ;
+        /*1c80*/                   NOP ;
+        /*1c90*/               @P0 BRA `(.L_x_1) ;
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "early"),
+    [
+        ("0x1 ;\n        /*1c50*/", "0x0 ;\n        /*1c50*/", ""),  # waited for before the next step
+        ("", "", "HADD2.BF16_V2 R92"),  # the second is still in flight when the next step begins
+        ("LDSM.16.M88.4 R88", "LDSM.16.M88.4 R90", "LDSM.16.M88.4 R90"),  # its last two registers
+        ("HADD2.BF16_V2 R92", "HADD2.BF16_V2 R96", ""),
+        ("R92, gdesc", "gdesc[UR4], gdesc", ""),  # from shared memory
+        ("NOP", "IMAD.WIDE.U32 R91, R1, R2, R3", "IMAD.WIDE.U32 R91"),
+        ("NOP", "LDG.E.128 R89, [R2.64]", "LDG.E.128 R89"),
+        ("NOP", "IADD3 R95, P1, R1, R2, RZ", "IADD3 R95"),
+        ("NOP", "LEA.HI.X P1, R95, R1, R2", "LEA.HI.X P1, R95"),
+    ],
+)
+def test_registers_that_a_product_in_flight_reads(old, new, early):
+    quiet = IN_FLIGHT if early.startswith(("HADD2", "LDSM")) or not early else IN_FLIGHT.replace("R92, R92", "R96, R92")
+    found = _sass.overwritten(quiet.replace(old, new, 1))
+    assert bool(found) == bool(early), found
+    assert not early or any(early in line for line in found)

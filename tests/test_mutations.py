@@ -169,6 +169,12 @@ BUGS |= {
     f"Triton: {name}": (f"kernels/{file}", source, bug, f"tests/kernels/test_{tests}")
     for name, (file, source, bug, tests) in TRITON_BUGS.items()
 }
+BUGS["Triton: a step does not wait for the one before"] = (
+    "kernels/gemm.py",
+    "if DRAIN:",
+    "if DRAIN and BM < 0:",
+    "tests/test_aot.py::test_a_step_waits_for_what_the_one_before_reads",
+)
 BRANCHES = "tests/ops/test_numerics.py::test_against_float64 -k "
 BUGS |= {
     f"branches: {name}": (f"ops/{file}", source, bug, tests)

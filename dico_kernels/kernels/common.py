@@ -198,6 +198,11 @@ def capability(x: Tensor) -> int:
     return major * 10 + minor
 
 
+def multiplies_by_wgmma(x: Tensor) -> bool:
+    """Whether tensor cores of x's device read a product's first factor from registers, and go on while they do."""
+    return 90 <= capability(x) < 100
+
+
 def launch(
     kernel: Any,
     programs: int,

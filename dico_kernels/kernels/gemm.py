@@ -45,6 +45,7 @@ from dico_kernels.kernels.common import (
     load,
     load_operand,
     matmul_precision,
+    multiplies_by_wgmma,
     operand,
     rounded,
     row_offset,
@@ -125,7 +126,7 @@ def _gemm_fwd_kernel(
     M, N, K, HW, samples, row_blocks, col_blocks, s_stride, bias_stride, gate_stride,
     PROLOGUE: tl.constexpr, PART: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr, PRE: tl.constexpr,
     GATE: tl.constexpr, STATS: tl.constexpr, CHANNEL: tl.constexpr, SAMPLES: tl.constexpr,
-    EPS: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    EPS: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, DRAIN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """x and weight are descriptors if TMA. PART > 0: mean_in holds Partials of that width, else the mean itself."""
@@ -186,6 +187,13 @@ def _gemm_fwd_kernel(
             v *= _of_sample(s, s_stride, n, wide(at) + i, left, samples, SAMPLES, BM, ACC)
             a = as_operand(v, a.dtype)
         acc = dot(a, b, acc, PRECISION)
+        if DRAIN:
+            # Hopper's tensor cores read A' from registers after the instruction has been issued, and ptxas before 13.3
+            # gives those registers to the next step while they do (Triton's issue 9433; aot looks for it). So each
+            # step waits for its product; the other program of the multiprocessor fills the gap.
+            tl.inline_asm_elementwise(
+                "wgmma.wait_group.sync.aligned 0; mov.b32 $0, $1;", "=r,r", [at], dtype=tl.int32, is_pure=False, pack=1
+            )
 
     # A half of the columns at a time: with all of them the residual's tile would not fit into registers beside acc.
     halves = tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)).split()
@@ -364,6 +372,8 @@ def _launch(
     mean, rstd = statistics if isinstance(statistics, Statistics) else (statistics and statistics.moments, None)
     row_blocks, col_blocks = cdiv(m, tile.m), cdiv(n, tile.n)
     spread = _spread(tile.m, hw, samples)
+    precision = matmul_precision(x.dtype)
+    on_tensor_cores = x.dtype.itemsize == 2 or precision == "tf32"
     launch(
         _gemm_fwd_kernel, row_blocks * col_blocks,
         y, *_operands(x, weight, tile), bias, s, u, mean, rstd, *(result or (None, None)),
@@ -373,7 +383,7 @@ def _launch(
         PART=statistics.width if isinstance(statistics, Partials) else 0,
         BIAS=bias is not None, GELU=gelu, PRE=before_gelu is not None, GATE=gate is not None,
         STATS=row_parts is not None, CHANNEL=channel, SAMPLES=spread, EPS=eps,
-        PRECISION=matmul_precision(x.dtype), TMA=tile.tma,
+        PRECISION=precision, TMA=tile.tma, DRAIN=s is not None and on_tensor_cores and multiplies_by_wgmma(x),
         BM=tile.m, BN=tile.n, BK=tile.k, ACC=acc_triton(x.dtype),
         # a scale for every row is as large as x's own tile
         num_warps=tile.warps, num_stages=tile.stages if spread else 2, maxnreg=tile.maxnreg,

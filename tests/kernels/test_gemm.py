@@ -266,3 +266,28 @@ class TestConfigurations:
                         assert all(tiles.pow2(side) == side >= 16 for side in (t.m, t.n, t.k))
                         assert (t.m + t.n) * t.k * dtype.itemsize * t.stages <= 99 * 1024
                         assert not t.tma or (capability >= 90 and k * dtype.itemsize % 16 == 0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: the interpreter has nothing in flight")
+@pytest.mark.parametrize("prologue", ["none", "scale", "norm"])
+def test_no_step_overwrites_what_another_still_reads(prologue, device):
+    """Of a product of many steps in many programs. Small integers: exact in any order, so that one wrong bit shows."""
+
+    def integers(low, high, *shape):
+        return torch.randint(low, high + 1, shape, device=device).to(torch.bfloat16)
+
+    n, k, outputs, side = 64, 416, 256, 32
+    x = integers(-2, 2, n, k, side, side).contiguous(memory_format=torch.channels_last)
+    weight, s = integers(-1, 1, outputs, k), integers(1, 2, n, k)
+    scaled = x if prologue == "none" else x * s[:, :, None, None]
+    exact = torch.einsum("nkhw,ok->nohw", scaled.float(), weight.float()).to(torch.bfloat16)
+    options = {}
+    if prologue == "scale":
+        options = {"scale": s}
+    elif prologue == "norm":
+        nothing = torch.zeros(n, outputs, device=device)
+        pixels = torch.zeros(n, side, side, device=device)
+        rows = gemm.Statistics(pixels, pixels + 1)
+        options = {"modulation": gemm.Modulation(s, nothing, nothing), "statistics": rows}
+    for _ in range(100):
+        assert torch.equal(gemm.pointwise(x, weight, **options).y, exact)
