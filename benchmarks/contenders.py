@@ -161,10 +161,11 @@ def model_contender(arena: ModelArena, name: str, how: str, device: torch.device
     """A model of an arena, ready to run one inference call or training step.
 
     ``how``: eager, channels_last, fused (dico_kernels.fuse), each of them with ``_graph`` (a GraphRunner's CUDA graph);
-    packed (fused, and dico_kernels.pack); compile (max-autotune on a GPU, weights frozen on a CPU), compile_default,
-    compile_linear, compile_flash, compile_cudnn.
+    fused_mixed (with products="mixed"); packed (fused, and dico_kernels.pack); compile (max-autotune on a GPU, weights
+    frozen on a CPU), compile_default, compile_linear, compile_flash, compile_cudnn.
     """
     graphed, how = how.endswith("_graph"), how.removesuffix("_graph")
+    products, how = "mixed" if how.endswith("_mixed") else "auto", how.removesuffix("_mixed")
     source = _filled(name, arena.resolution // 8, device)
     training, dtype = arena.mode == "training", DTYPES[arena.dtype]
     model: nn.Module = copy.deepcopy(source)
@@ -190,7 +191,7 @@ def model_contender(arena: ModelArena, name: str, how: str, device: torch.device
     forward: Any = compiled(model, device, how == "compile_default") if how.startswith("compile") else model
     runner = forward = GraphRunner(model) if graphed else forward
     freeze = how == "compile" and device.type == "cpu" and not training
-    guards = functools.partial(_guards, arena.dtype, training, device, freeze, fused=how == "fused")
+    guards = functools.partial(_guards, arena.dtype, training, device, freeze, products if how == "fused" else None)
     step = _training_step(forward, model, source.out_channels, guards) if training else None
 
     def run(i: int) -> Tensor:
@@ -220,13 +221,13 @@ def model_contender(arena: ModelArena, name: str, how: str, device: torch.device
 
 
 @contextmanager
-def _guards(dtype: str, training: bool, device: torch.device, freeze: bool, fused: bool) -> Iterator[None]:
-    """The flags and contexts that a contender's calls run under."""
+def _guards(dtype: str, training: bool, device: torch.device, freeze: bool, products: str | None) -> Iterator[None]:
+    """The flags and contexts that a contender's calls run under. ``products``: of a fused model, who multiplies."""
     with ExitStack() as stack:
         stack.enter_context(precision(dtype))
         stack.enter_context(frozen(freeze))
-        if fused and device.type == "cuda":  # what fell back to plain PyTorch is no measurement of this package
-            stack.enter_context(backend("auto", strict=True))
+        if products:  # on a GPU strictly: what fell back to plain PyTorch is no measurement of this package
+            stack.enter_context(backend("auto", strict=device.type == "cuda", products=products))
         if training and dtype == "bf16":
             stack.enter_context(torch.autocast(device.type, torch.bfloat16))
         yield

@@ -58,7 +58,7 @@ def deadline(stages: Sequence[str], now: float, end: float) -> float:
 def _kernels(op: str, size: str, backward: bool) -> list[Unit]:
     branch = op in BRANCH_LEVELS
     family, levels = (BRANCH_LEVELS if branch else OP_LEVELS)[op]
-    fused = ("triton/library", "triton/fused") if branch else ("triton",)
+    fused = ("triton/library", "triton/mixed", "triton/fused") if branch else ("triton",)
     return [
         Unit(
             "kernels",
@@ -98,12 +98,14 @@ def model_units() -> list[Unit]:
         compiled = any(how.startswith("compile") for _, how in rows)
         return Unit("models", ModelArena(scale, resolution, batch, "bf16", mode, compiled), tuple(rows))
 
-    plain = ("channels_last", "fused", "fused_graph"), ("eager",)
-    single = ("channels_last", "channels_last_graph", "fused", "fused_graph"), ("eager", "eager_graph")
-    compiled = ("fused", "compile_default"), ("compile_default",)
+    fused = "fused", "fused_mixed"
+    graphs = "fused_graph", "fused_mixed_graph"
+    plain = ("channels_last", *fused, *graphs), ("eager",)
+    single = ("channels_last", "channels_last_graph", *fused, *graphs), ("eager", "eager_graph")
+    compiled = (*fused, "compile_default"), ("compile_default",)
     return [
         unit("XL", 256, 64, *plain),
-        unit("XL", 256, 32, ("channels_last", "fused"), ("eager",), "training"),
+        unit("XL", 256, 32, ("channels_last", *fused), ("eager",), "training"),
         unit("XL", 256, 1, *single),
         unit("XL", 512, 64, *plain),
         unit("S", 256, 64, *plain),

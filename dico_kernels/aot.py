@@ -119,6 +119,7 @@ def _calls(dtype: torch.dtype, n: int, c: int, size: int) -> Iterator[partial[An
 def _products(dtype: torch.dtype, n: int, c: int, size: int) -> Iterator[partial[Any]]:
     """The 1x1 convolutions of DiCo's and FCDM's blocks at width c."""
     from dico_kernels.kernels import gemm
+    from dico_kernels.kernels.pointwise import pointwise
 
     acc = torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -146,7 +147,13 @@ def _products(dtype: torch.dtype, n: int, c: int, size: int) -> Iterator[partial
     yield partial(product, **adaln, statistics=rows)
     yield partial(product, **adaln, statistics=partials, gelu=True)
     yield partial(branch, partials=True)
-    yield partial(branch, scale=vector)
+    # with adaLN by itself
+    for keep in (False, True):
+        yield partial(pointwise, x, weight, bias, gelu=True, keep=keep)
+        yield partial(pointwise, x, weight, bias, gelu=True, keep=keep, squares=True)
+    yield partial(pointwise, x, weight, bias, gate=vector, residual=x)
+    yield partial(pointwise, x, weight, bias, s=tensor(n, c, dtype=acc), gate=vector, residual=x)
+    yield partial(pointwise, x, weight, bias, s=tensor(n, c, dtype=acc), plus=bias, gate=vector, residual=x)
 
 
 def _label(launch: Launch, dtype: torch.dtype) -> str:
@@ -286,7 +293,8 @@ def _dump(tool: Any, option: str, cubin: bytes) -> str:
 def _faults(launch: Launch, target: str, asm: Any, sass: str) -> str:
     """What keeps a product that is made for tensor cores from them, or makes it wrong."""
     matrix = {"sm_90": "wgmma", "sm_100": "tcgen05.mma"}.get(target)
-    if launch.constants.get("TMA") and matrix and matrix not in asm["ptx"]:
+    # which take at least 64 rows
+    if launch.constants.get("TMA") and launch.constants["BM"] >= 64 and matrix and matrix not in asm["ptx"]:
         return f"no {matrix} instruction"
     if early := overwritten(sass):
         return f"overwrites what a wgmma in flight reads: {early[0]}"

@@ -14,7 +14,7 @@ from dico_kernels.kernels.block import conv_half_forward, fcdm_block_forward, ff
 from dico_kernels.kernels.channel import channel_affine, channel_dots, channel_sums
 from dico_kernels.kernels.depthwise import depthwise, depthwise_backward
 from dico_kernels.kernels.pixel_shuffle import pixel_shuffle_skip, pixel_shuffle_skip_backward
-from dico_kernels.kernels.pointwise import gelu, gelu_backward
+from dico_kernels.kernels.pointwise import gelu, gelu_backward, pointwise
 
 __all__ = [
     "adaln_modulate",
@@ -37,4 +37,5 @@ __all__ = [
     "gelu_backward",
     "pixel_shuffle_skip",
     "pixel_shuffle_skip_backward",
+    "pointwise",
 ]

@@ -40,6 +40,7 @@ from dico_kernels.kernels.common import (
     cdiv,
     dot,
     empty_acc,
+    empty_image,
     gelu,
     launch,
     load,
@@ -425,13 +426,11 @@ def pointwise(
     matrix, rows = _matrix(weight), x.permute(0, 2, 3, 1).reshape(m, k)
     tile = _tile(rows, matrix, heavy=modulation is not None or gelu or hw < 128)
 
-    def image() -> Tensor:
-        return torch.empty((m, n), dtype=x.dtype, device=x.device)
+    def rows_of(image: Tensor) -> Tensor:
+        return image.permute(0, 2, 3, 1).view(m, n)
 
-    def back(v: Tensor) -> Tensor:
-        return v.reshape(b, h, w, n).permute(0, 3, 1, 2)
-
-    y, before = image(), image() if keep else None
+    y = empty_image(b, n, h, w, like=x)
+    before = empty_image(b, n, h, w, like=x) if keep else None
     combined = None
     if isinstance(statistics, Partials):
         combined = Statistics(empty_acc(b, h, w, like=x), empty_acc(b, h, w, like=x))
@@ -441,10 +440,10 @@ def pointwise(
     fused = channel != "none" and spread > 0
     channel_parts = empty_acc(cdiv(m, tile.m) * spread, n, like=x) if fused else None
     _launch(
-        y, rows, matrix, tile, b, hw,
+        rows_of(y), rows, matrix, tile, b, hw,
         bias=bias, scale=scale, modulation=modulation, statistics=statistics, eps=eps,
         result=combined,
-        gelu=gelu, before_gelu=before, gate=gate,
+        gelu=gelu, before_gelu=None if before is None else rows_of(before), gate=gate,
         residual=residual, row_parts=row_parts,
         channel=channel if fused else "none", channel_parts=channel_parts,
     )  # fmt: skip
@@ -453,10 +452,10 @@ def pointwise(
         sums = channel_parts[: max(hw // tile.m, 1) * b] if b > 1 else channel_parts
         sums = sums.reshape(b, -1, n).sum(1)
     elif channel != "none":
-        sums = channel_sums(back(y)) if channel == "sums" else channel_dots(back(y), back(y))
+        sums = channel_sums(y) if channel == "sums" else channel_dots(y, y)
     return Product(
-        back(y),
-        None if before is None else back(before),
+        y,
+        before,
         statistics if isinstance(statistics, Statistics) else combined,
         None if row_parts is None else Partials(row_parts, tile.n),
         sums,

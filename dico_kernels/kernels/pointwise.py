@@ -1,14 +1,19 @@
-"""What stands between two 1x1 convolutions: GELU, with the sums that GRN and the first convolution's bias want of it.
+"""1x1 convolutions with what surrounds them, and GELU by itself, with the sums that GRN and a bias want of it.
 
 Images (N, C, H, W) with channels_last memory. Sums in two stages without atomics: fixed bands of rows, then the bands.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from dico_kernels.kernels import gemm
+from dico_kernels.kernels.adaln import adaln_modulate, gated_residual
 from dico_kernels.kernels.common import (
     acc_triton,
     cdiv,
@@ -121,3 +126,83 @@ def gelu_backward(
         ROWS=tile.rows, COLS=tile.cols, SPAN=tile.span, ACC=acc_triton(x.dtype), num_warps=tile.warps,
     )  # fmt: skip
     return dx, y, part.sum(1)
+
+
+class Product(NamedTuple):
+    """What `pointwise` returns, as native.Product has it; None for what was not asked for."""
+
+    y: Tensor
+    before: Tensor | None = None
+    mean: Tensor | None = None
+    rstd: Tensor | None = None
+    squares: Tensor | None = None
+
+
+def pointwise(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    frozen: bool = True,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    eps: float = 1e-6,
+    statistics: bool = True,
+    s: Tensor | None = None,
+    plus: Tensor | None = None,
+    gelu: bool = False,
+    keep: bool = False,
+    squares: bool = False,
+    then: tuple[Tensor, Tensor | None] | None = None,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Product:
+    """1x1 convolution of an image with what stands before and behind it: arguments and results as native.pointwise.
+
+    GELU and the gated residual happen in the product's epilogue, where they cost no pass over memory. adaLN is a kernel
+    of its own, since its prologue takes more of the tensor cores' time than the pass that it saves; and a product
+    that has nothing else around it is the library's.
+    """
+    del frozen, statistics
+    if then is not None:
+        first = pointwise(x, weight, bias, shift=shift, scale=scale, eps=eps, s=s, plus=plus, gelu=gelu, keep=keep)
+        return first._replace(y=pointwise(first.y, *then, gate=gate, residual=residual).y)
+    mean, rstd = None, None
+    if shift is not None and scale is not None:
+        x, mean, rstd = adaln_modulate(x, shift, scale, eps)
+    if plus is not None:  # W (s x + plus) + b = W s x + (W plus + b)
+        through = gemm.project(plus[None], weight)[0]
+        bias = through if bias is None else through + bias
+    # A float32 residual beside 16-bit weights is of another type than the product.
+    inside = residual is not None and residual.dtype == x.dtype
+    if not (gelu or inside) and s is None:
+        done = gemm.Product(_linear(x, weight, bias), None, None, None, None)
+    else:
+        done = gemm.pointwise(
+            x,
+            weight,
+            bias,
+            scale=None if s is None else s.to(x.dtype),
+            gelu=gelu,
+            keep=keep,
+            gate=gate if inside else None,
+            residual=residual if inside else None,
+            channel="squares" if squares else "none",
+        )
+    y = done.y
+    if gate is not None and residual is not None and not inside:
+        y = gated_residual(residual, y, gate, overwrite=True)
+    return Product(y, done.before_gelu, mean, rstd, done.sums)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    n, c, h, w = x.shape
+    y = empty_image(n, weight.shape[0], h, w, like=x)
+    matrix = weight.reshape(weight.shape[0], c)
+    rows, out = x.permute(0, 2, 3, 1).reshape(-1, c), y.permute(0, 2, 3, 1).reshape(-1, weight.shape[0])
+    bias = None if bias is None else bias.to(x.dtype)
+    if bias is None:
+        torch.mm(rows, matrix.t(), out=out)
+    else:
+        torch.addmm(bias, rows, matrix.t(), out=out)
+    return y

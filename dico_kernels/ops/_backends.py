@@ -24,10 +24,11 @@ from dico_kernels import native
 VARIABLE = "DICO_KERNELS_BACKEND"
 STRICT_VARIABLE = "DICO_KERNELS_STRICT"
 PRODUCTS_VARIABLE = "DICO_KERNELS_PRODUCTS"
-# Who multiplies in the branches: the library (cuBLAS, oneDNN) with fused passes around it, or a backend's own product
-# with all of that inside. "auto" is the native product on a CPU for which it is known to be as fast, and the library on
-# a GPU, until one has shown per level where the other is faster.
-PRODUCTS = ("auto", "library", "fused")
+# Who multiplies in the branches: the library (cuBLAS, oneDNN) with fused passes around it, a backend's own product
+# with all of that inside, or its own only where something comes behind a product ("mixed"; native's is the same as
+# fused). "auto" is the native product on a CPU for which it is known to be as fast, and the library on a GPU, until one
+# has shown per level which is the fastest.
+PRODUCTS = ("auto", "library", "mixed", "fused")
 _CUDA_ENTRIES = {"adaln_modulate"}  # what csrc/cuda has
 
 
@@ -154,7 +155,8 @@ def backend(name: str, strict: bool = False, products: str = "auto") -> Iterator
             with one warning. With "auto", strict refuses the reference.
         products: who multiplies in conv_half, ffn_half, fcdm_block and layers that pack() found: "library" (cuBLAS,
             oneDNN), "fused" (the backend's own product with everything around it inside; Triton and native have one),
-            or "auto": native's where it is known to be as fast, else the library.
+            "mixed" (of Triton's: its own where GELU or a gate comes behind, adaLN by itself and the library's product
+            behind that), or "auto": native's where it is known to be as fast, else the library.
 
     Raises:
         ValueError: an unknown name.
@@ -233,18 +235,24 @@ def _optional(entry: str, x: Tensor) -> Callable[..., Any] | None:
 
 def multiplies_natively(weight: Tensor, x: Tensor | None = None) -> bool:
     """Whether native's own product is to multiply by a weight, on x's device or its own."""
-    if _SETTING.products == "library" or optional("pointwise", weight if x is None else x) is None:
+    own = optional("pointwise", weight if x is None else x)
+    return own is native.pointwise and _is_to_multiply(own, weight)
+
+
+def _is_to_multiply(own: Callable[..., Any] | None, weight: Tensor) -> bool:
+    if own is None or _SETTING.products == "library":
         return False
-    return _SETTING.products == "fused" or native.multiplies(weight)
+    return _SETTING.products != "auto" or (own is native.pointwise and native.multiplies(weight))
 
 
 def own_product(x: Tensor, weight: Tensor) -> Callable[..., Any] | None:
     """A backend's own 1x1 convolution of x with what surrounds it inside, where it is to run; else None."""
-    if not multiplies_natively(weight, x):
-        return None
     found = optional("pointwise", x)
+    if not _is_to_multiply(found, weight):
+        return None
     if _SETTING.record is not None:
-        _SETTING.record(Choice("pointwise", tuple(x.shape), weight.dtype, str(x.device), "native", {}))
+        backend = "native" if found is native.pointwise else "triton"
+        _SETTING.record(Choice("pointwise", tuple(x.shape), weight.dtype, str(x.device), backend, {}))
     return found
 
 

@@ -41,7 +41,7 @@ def test_the_plan_is_in_order_of_importance_and_complete():
     assert {u.arena.op for u in kernels} == set(dk.ops.__all__)
     assert kernels[0].title == "conv_half-XL-64x416x32x32-bf16-forward"
     assert dict.fromkeys(c for u in kernels for _, c in u.rows).keys() == {
-        "channels_last", "triton/library", "triton/fused", "triton",
+        "channels_last", "triton/library", "triton/mixed", "triton/fused", "triton",
     }  # fmt: skip
     assert all(u.arena.batch == 64 and u.arena.dtype == "bf16" for u in kernels)
     first = models[0]
@@ -50,7 +50,7 @@ def test_the_plan_is_in_order_of_importance_and_complete():
     compiles = [any(c.startswith("compile") for _, c in u.rows) for u in models]
     assert compiles == sorted(compiles)  # what is dear comes last
     assert [u.arena.compiled for u in models] == compiles
-    assert [c for _, c in models[-1].rows] == ["fused", "compile_default", "compile_default"]
+    assert [c for _, c in models[-1].rows] == ["fused", "fused_mixed", "compile_default", "compile_default"]
 
 
 def test_the_work_of_ops_adds_up_to_the_models():
@@ -218,7 +218,7 @@ def test_every_stage_runs_on_the_cpu(tmp_path, small_clone):
             *(op_unit(op, ("channels_last", "native/library"), True) for op in ("conv_half", "ffn_half", "fcdm_block")),
             *(op_unit("ffn_half", triton) for _ in triton[:1]),
         ],
-        "models": [model_unit(("DiCo-S", "channels_last"), ("DiCo-S", "fused"), ("DiCo-S", "fused_graph"),
+        "models": [model_unit(("DiCo-S", "channels_last"), ("DiCo-S", "fused_mixed"), ("DiCo-S", "fused_graph"),
                               ("DiT-S/2", "eager"))],
     }  # fmt: skip
     out = tmp_path / "out"
@@ -236,15 +236,15 @@ def test_every_stage_runs_on_the_cpu(tmp_path, small_clone):
         assert row["vs_eager"] > 0
         assert row["bound"] in ("copy", "matmul")
     by_contender = {r["contender"]: r for r in result["models"] if not r["failure"]}
-    assert by_contender["fused"]["error"] < 1e-5
-    assert by_contender["fused"]["vs_dit"] > 0
+    assert by_contender["fused_mixed"]["error"] < 1e-5
+    assert by_contender["fused_mixed"]["vs_dit"] > 0
     shown = lines[-2]
     assert "conv_half" in shown
     assert "native/library" in shown
     assert "6 passed, 1 failed, 1 skipped" in shown
     assert max(map(len, shown.splitlines())) < 140
     written = (out / "report.md").read_text()
-    assert "| DiCo-S | fused | fp32 |" in written
+    assert "| DiCo-S | fused_mixed | fp32 |" in written
     assert "`tests/test_some.py::test_bad`" in written
     json.dumps(result, allow_nan=False)
     # Again, with nothing left to do.

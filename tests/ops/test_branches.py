@@ -165,16 +165,16 @@ class TestNativeProducts:
         assert ("pointwise" in entries, "adaln_modulate" in entries) == (products == "fused", products == "library")
 
 
-class TestFusedProducts:
-    """The products as Triton's own kernel, with what surrounds them inside."""
+class TestTritonProducts:
+    """Triton's own products with all that surrounds them inside, or with what comes behind them."""
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    @pytest.fixture(autouse=True)
-    def fused(self):
+    @pytest.fixture(autouse=True, params=["fused", "mixed"])
+    def products(self, request):
         pytest.importorskip("triton", reason="Triton is not installed")
-        with dk.backend("triton", strict=True, products="fused"):
-            yield
+        with dk.backend("triton", strict=True, products=request.param):
+            yield request.param
 
     @pytest.mark.parametrize("shape", [(2, 24, 5, 6), (3, 16, 8, 8), (1, 5, 1, 1)], ids=str)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -182,19 +182,57 @@ class TestFusedProducts:
     def test_against_float64(self, case, shape, dtype):
         check_against_float64(case, case.arguments(shape), dtype, self.device)
 
-    def test_the_choice_is_explained(self, case):
+    def test_the_choice_is_explained(self, case, products):
         arguments = [a.float().to(self.device) for a in case.arguments((1, 16, 4, 4))]
-        assert [row.choice.entry for row in dk.explain(case.op, *arguments)] == [f"{case.name}_forward"]
+        choices = [row.choice for row in dk.explain(case.op, *arguments)]
+        assert {choice.backend for choice in choices} == {"triton"}
+        entries = [choice.entry for choice in choices]
+        if products == "fused":
+            assert entries == [f"{case.name}_forward"]
+        else:
+            assert "pointwise" in entries
+            assert not {"gelu", "gated_residual", "channel_affine"} & set(entries)
 
-    def test_refused_for_a_stream_of_another_dtype(self, case):
-        arguments = [a.to(self.device) for a in _mixed(case, torch.bfloat16)]
-        with pytest.raises(BackendError, match=r"products='fused': x is torch.float32, weights torch.bfloat16"):
-            case.op(*arguments)
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_a_float32_stream_beside_narrow_weights(self, case, dtype):
+        test_a_float32_stream_beside_narrow_weights(case, "triton", self.device, dtype, (2, 12, 4, 5))
+
+    def test_without_gradients_the_same(self, case):
+        arguments = [a.float().to(self.device) for a in case.arguments((2, 24, 5, 6))]
+        with torch.no_grad():
+            alone = case.op(*arguments)
+        assert torch.equal(alone, case.op(*(a.requires_grad_() for a in arguments)))
+        alone.add_(1)  # an output of its own, not a view
+
+    def test_what_may_be_absent(self, case):
+        """Biases: the products then have other epilogues."""
+        arguments = case.arguments((2, 12, 4, 5))
+
+        def without(fn):
+            def call(*given):
+                rest = iter(given)
+                return fn(*(None if a.ndim == 1 else next(rest) for a in arguments))
+
+            return call
+
+        given = [a for a in arguments if a.ndim != 1]
+        assert len(given) < len(arguments)
+        ours = outputs_and_gradients(without(case.op), [a.to(self.device) for a in given])
+        for o, t in zip(ours, outputs_and_gradients(without(case.definition), given), strict=True):
+            assert rel_rms(o.cpu(), t) < 1e-12
+
+
+def test_products_of_nobody_are_refused(case):
+    with (
+        dk.backend("reference", strict=True, products="fused"),
+        pytest.raises(BackendError, match=r"products='fused': no backend has"),
+    ):
+        case.op(*(a.float() for a in case.arguments((1, 8, 4, 4))))
 
 
 def test_unknown_products_are_refused():
     with (
-        pytest.raises(ValueError, match=r"products='blas': expected one of auto, library, fused"),
+        pytest.raises(ValueError, match=r"products='blas': expected one of auto, library, mixed, fused"),
         dk.backend("auto", products="blas"),
     ):
         pass
