@@ -5,7 +5,10 @@ import os
 import pytest
 import torch
 
-if not torch.cuda.is_available():
+if torch.cuda.is_available():
+    if os.environ.get("TRITON_INTERPRET", "").lower() not in ("", "0", "false", "off", "no"):
+        raise pytest.UsageError("TRITON_INTERPRET is set, and there is a GPU to test on: unset it")
+else:
     # Read when a Triton kernel is decorated, so it has to be there before any test file imports one.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
