@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,9 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """Embed t, (N,), as (N, width)."""
-        return self.mlp(timestep_sinusoids(t, next(self.mlp.parameters()).dtype))
+        # Not by parameters(): in a replica (nn.DataParallel) weights are plain attributes, and it has none.
+        first: Any = self.mlp[0]
+        return self.mlp(timestep_sinusoids(t, first.weight.dtype))
 
 
 def drop_labels(y: Tensor, null_label: int, probability: float) -> Tensor:

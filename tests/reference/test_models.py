@@ -209,8 +209,27 @@ def meta_ty():
     return torch.zeros(1, device="meta"), torch.zeros(1, dtype=torch.long, device="meta")
 
 
+def replica(module):
+    """As nn.DataParallel makes them: a copy whose weights are plain attributes, with no parameters."""
+    copy = module._replicate_for_data_parallel()
+    for name, child in module.named_children():
+        copy._modules[name] = replica(child)
+    for name, parameter in module._parameters.items():
+        setattr(copy, name, None if parameter is None else parameter.detach())
+    return copy
+
+
 @pytest.mark.parametrize("make", [*TINY.values(), lambda: DiT(8, hidden_size=24, depth=2, num_heads=2)])
 class TestForward:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @torch.no_grad()
+    def test_a_replica_does_what_the_model_does(self, make, dtype):
+        model = fill_(make()).eval().to(dtype)
+        given = torch.randn(3, 4, 8, 8, dtype=dtype), torch.tensor([5, 6, 999]), torch.tensor([1, 2, 3])
+        copy = replica(model)
+        assert not list(copy.parameters())
+        assert torch.equal(copy(*given), model(*given))
+
     def test_t_and_y_of_batch_one_broadcast(self, make):
         model, x = fill_(make()).eval(), torch.randn(3, 4, 8, 8)
         with torch.no_grad():
