@@ -36,7 +36,7 @@ def _onednn(dtype: torch.dtype) -> bool:
     if dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     try:
-        one = torch.ones(1, 1, dtype=dtype)
+        one = torch.ones(1, 1, dtype=dtype, device="cpu")  # whatever the default device is
         return float(torch.ops.mkldnn._linear_pointwise(one, one, None, "none", [], "")) == 1
     except (AttributeError, RuntimeError):
         return False

@@ -12,6 +12,10 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # channels, a DiCo-XL row
 SHAPES = [(1, 1, 1, 1), (2, 5, 3, 7), (3, 17, 4, 4), (1, 33, 1, 9), (2, 136, 11, 13), (1, 416, 3, 5)]
 
+# torch lists its constructors when a device is first used as a context: before some of them are poisoned below.
+with torch.device("cpu"):
+    torch.empty(0)
+
 
 def pytest_generate_tests(metafunc):
     for name, values in (("dtype", DTYPES), ("shape", SHAPES)):

@@ -7,7 +7,7 @@ import torch
 from support import rel_rms
 from torch.nn import functional as F
 
-from dico_kernels import _gemm, _packed, native
+from dico_kernels import _gemm, _linear, _packed, native
 from dico_kernels.dtypes import accumulation_dtype
 from dico_kernels.reference import functional as R
 
@@ -252,6 +252,16 @@ def test_outputs_are_divided_where_rows_do_not_occupy_the_threads(isa, dtype, pr
     for other in found[1:]:
         same = zip(found[0], other, strict=True)
         assert all(a is b is None or torch.equal(a, b) for a, b in same)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_onednn_is_found_whatever_the_default_device_is(dtype):
+    """Asked once a process: a wrong answer would stay."""
+    on_the_cpu = _linear._onednn.__wrapped__(dtype)
+    with torch.device("meta"):
+        assert _linear._onednn.__wrapped__(dtype) == on_the_cpu
+    if not on_the_cpu:
+        pytest.skip("this torch's oneDNN does not multiply by it")
 
 
 @pytest.mark.parametrize("shape", [(3, 24), (24,), (2, 3, 24)], ids=str)
