@@ -394,7 +394,9 @@ def pixel_shuffle_skip(up: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | 
             return from_rows(product, skip)
         if out is None:
             n, _, height, width = skip.shape
-            out = torch.empty((n, k, height, width), dtype=up.dtype, memory_format=torch.channels_last)
+            out = torch.empty(
+                (n, k, height, width), dtype=up.dtype, device=up.device, memory_format=torch.channels_last
+            )
         rows(out)[pixels] = product
     assert out is not None
     return out

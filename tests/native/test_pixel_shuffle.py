@@ -45,6 +45,15 @@ def test_in_chunks(isa, dtype, image, check, monkeypatch):
         check(evaluate(args, dy), F.pixel_shuffle_skip, args, [dy])
 
 
+def test_the_default_device_does_not_matter(image, monkeypatch):
+    args, dy = inputs((2, 12, 5, 4, 7, 6), torch.float32, image)
+    monkeypatch.setattr(native, "_CHUNK_BYTES", 3000)
+    expected = evaluate(args, dy)
+    with torch.device("meta"):
+        results = evaluate(args, dy)
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
 def test_moves_elements_exactly(isa, image):
     """With the identity as weight the output is the concatenation itself."""
     up, skip = image((2, 20, 3, 4), torch.float64), image((2, 6, 6, 8), torch.float64)
