@@ -34,7 +34,7 @@ def adaln_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -
 
     Args:
         x: (N, C, H, W) in channels_last memory, on a CPU or (where built) a CUDA device.
-        shift: (N, C) or (1, C), no gaps in a row, of x's device and dtype; on the CPU also 16-bit where x is float32.
+        shift: (N, C) or (1, C), no gaps in a row, of x's device and dtype; also 16-bit where x is float32.
         scale: as shift.
         eps: added to the variance.
 
@@ -50,20 +50,30 @@ def adaln_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -
     dtype = shift.dtype
     wide = wide_stream(x, dtype)
     strides = vector("shift", shift, x, dtype), vector("scale", scale, x, dtype)
-    n, c, h, w = x.shape
+    if x.device.type == "cuda" and wide:
+        # The CUDA kernel knows one dtype: the vectors widen without loss, and y is rounded once either way.
+        y, mean, rstd = adaln_modulate(x, shift.to(x.dtype), scale.to(x.dtype), eps)
+        return y.to(dtype), mean, rstd
+    n, _, h, w = x.shape
     y, mean, rstd = like(x, dtype), reduced(x, n, h, w), reduced(x, n, h, w)
     if x.device.type != "cuda":
         args = (x, shift, scale, y, mean, rstd, *strides, eps, wide)
         call("adaln_modulate", x, *row_blocks(x)[:4], *args, dtype=dtype)
         return y, mean, rstd
-    kind("shift", shift, x.dtype, x.device)
     if not with_cuda():
         raise RuntimeError(f"x is on {x.device}, but the extension has no CUDA code: {build()['cuda']}")
-    pointers = [t.data_ptr() for t in (x, shift, scale, y, mean, rstd)]
+    _launch_adaln((x, shift, scale, y, mean, rstd), strides, eps)
+    return y, mean, rstd
+
+
+def _launch_adaln(tensors: tuple[Tensor, ...], strides: tuple[int, int], eps: float) -> None:
+    """csrc/cuda/adaln.cu on x's device and that device's current stream."""
+    x = tensors[0]
+    n, c, h, w = x.shape
+    pointers = [t.data_ptr() for t in tensors]
     with torch.cuda.device(x.device):
         stream = torch.cuda.current_stream(x.device).cuda_stream
         extension().adaln_modulate_cuda(DTYPES[x.dtype], n, h * w, c, *pointers, *strides, eps, x.device.index, stream)
-    return y, mean, rstd
 
 
 def adaln_modulate_backward(
@@ -393,10 +403,8 @@ def pixel_shuffle_skip(up: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | 
         if part.stop - part.start == small.shape[0]:
             return from_rows(product, skip)
         if out is None:
-            n, _, height, width = skip.shape
-            out = torch.empty(
-                (n, k, height, width), dtype=up.dtype, device=up.device, memory_format=torch.channels_last
-            )
+            size = (skip.shape[0], k, *skip.shape[2:])
+            out = torch.empty(size, dtype=up.dtype, device=up.device, memory_format=torch.channels_last)
         rows(out)[pixels] = product
     assert out is not None
     return out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support import rel_rms
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dico_kernels import native
 from dico_kernels.dtypes import accumulation_dtype
@@ -145,6 +146,43 @@ def test_rounding_is_torchs(isa, dtype, vector):
     exact = x.float() * (1 + scale.float())[:, :, None, None] + shift.float()[:, :, None, None]
     x = x.contiguous(memory_format=torch.channels_last)
     assert torch.equal(native.adaln_modulate(x, shift, scale, eps=0)[0], exact.to(dtype))
+
+
+def wide_stream(half, device, image, vector):
+    """float32 x beside 16-bit vectors, as under autocast: y is theirs, rounded once from float32."""
+    x, (shift, scale, _) = image((2, 33, 3, 5), torch.float32), conditions(2, 33, half, vector)
+    y, mean, rstd = native.adaln_modulate(x.to(device), shift.to(device), scale.to(device))
+    truth = F.adaln_modulate(x.double(), shift.double(), scale.double())
+    assert y.dtype == half
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert rel_rms(y.cpu(), truth) <= torch.finfo(half).eps / 2
+    assert mean.dtype == rstd.dtype == torch.float32
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+def test_a_wide_stream(isa, half, image, vector):
+    wide_stream(half, "cpu", image, vector)
+
+
+@pytest.mark.skipif(not (torch.cuda.is_available() and native.with_cuda()), reason="needs a GPU and a build with CUDA")
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+def test_a_wide_stream_on_a_gpu(half, image, vector):
+    wide_stream(half, "cuda", image, vector)
+
+
+def test_a_wide_stream_reaches_the_cuda_kernel_in_one_dtype(monkeypatch):
+    """Which knows no other, on tensors that exist on paper only."""
+    seen = []
+    monkeypatch.setattr(native, "with_cuda", lambda: True)
+    monkeypatch.setattr(native, "_launch_adaln", lambda tensors, *_: seen.append([t.dtype for t in tensors]))
+    with FakeTensorMode(), torch.device("cuda"):
+        x = torch.empty(2, 5, 3, 3).to(memory_format=torch.channels_last)
+        shift, scale = torch.empty(2, 2, 5, dtype=torch.bfloat16)
+        y, mean, rstd = native.adaln_modulate(x, shift, scale)
+        native.adaln_modulate(x.bfloat16(), shift, scale)
+    assert seen == [[torch.float32] * 6, [torch.bfloat16] * 4 + [torch.float32] * 2]
+    assert (y.dtype, mean.dtype, rstd.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+    assert y.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_conditioning_of_batch_one_broadcasts(isa, image, vector):
