@@ -149,7 +149,10 @@ const char* adaln_modulate(Dtype dtype, const AdalnArgs& a, int device, void* st
             case Dtype::bfloat16: error = launch<__nv_bfloat16>(a, device, s); break;
             case Dtype::float16: error = launch<__half>(a, device, s); break;
         }
-    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+    if (error == cudaSuccess) return nullptr;
+    // The runtime remembers an error until it is asked: the next launch would be blamed for this one.
+    cudaGetLastError();
+    return cudaGetErrorString(error);
 }
 
 }  // namespace dico::cuda

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+
 import pytest
 import torch
-from support import rel_rms
+from support import ROOT, rel_rms
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dico_kernels import native
@@ -260,6 +263,42 @@ def test_statistics_of_another_image_are_refused(image, vector):
     good, small = torch.zeros(2, 3, 3), torch.zeros(2, 3, 2)
     with pytest.raises(ValueError, match="rstd has shape"):
         native.adaln_modulate_backward(x, x, scale, good, small)
+
+
+# The CUDA runtime as far as a launch gets whose device fails; the error is remembered, as the runtime does. Without
+# CUDA's headers, so that what a launch would call next, another thing in every release, needs a name and no type.
+FAILING_RUNTIME = """
+#include <cstdio>
+#include "dico/cuda.h"
+static int remembered = 0;
+#define UNUSED(name) int name() { return 0; }
+extern "C" {
+int cudaSetDevice(int) { return remembered = SET_DEVICE_FAILS ? 101 : 0; }
+int cudaDeviceGetAttribute(int*, int, int) { return remembered = 101; }
+int cudaGetLastError() { int error = remembered; remembered = 0; return error; }
+const char* cudaGetErrorString(int error) { return error == 101 ? "invalid device" : "another error"; }
+UNUSED(cudaLaunchKernel) UNUSED(__cudaLaunchKernel) UNUSED(__cudaGetKernel) UNUSED(__cudaInitModule)
+UNUSED(__cudaPushCallConfiguration) UNUSED(__cudaPopCallConfiguration) UNUSED(__cudaRegisterFunction)
+UNUSED(__cudaRegisterFatBinary) UNUSED(__cudaRegisterFatBinaryEnd) UNUSED(__cudaUnregisterFatBinary)
+}
+int main() {
+    dico::AdalnArgs args{};
+    args.images = args.rows = args.channels = 1;
+    const char* said = dico::cuda::adaln_modulate(dico::Dtype::float32, args, 0, nullptr);
+    std::printf("%s, then %s", said ? said : "no error", remembered ? "again" : "nothing");
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("set_device_fails", [0, 1])
+def test_a_cuda_error_is_reported_and_not_left_for_the_next_launch(tmp_path, set_device_fails):
+    (tmp_path / "main.cpp").write_text(FAILING_RUNTIME)
+    sources = [tmp_path / "main.cpp", ROOT / "csrc/cuda/adaln.cu"]
+    flags = ["-std=c++17", "--cudart=none", f"-DSET_DEVICE_FAILS={set_device_fails}", f"-I{ROOT / 'csrc/include'}"]
+    subprocess.run(["nvcc", *flags, *sources, "-o", tmp_path / "main"], check=True, capture_output=True)
+    said = subprocess.run([tmp_path / "main"], check=True, capture_output=True, text=True).stdout
+    assert said == "invalid device, then nothing"
 
 
 def test_unknown_instruction_set_is_named():
