@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -208,3 +209,16 @@ def test_cuda_demanded_and_absent_is_an_error(tmp_path):
     done = cmake("-S", ROOT, "-B", tmp_path, "-DDICO_CUDA=1", "-DCMAKE_CUDA_COMPILER=NOTFOUND")
     assert done.returncode != 0
     assert "Put nvcc on PATH" in " ".join(done.stderr.split())
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("demanded", [False, True])
+def test_nvcc_without_the_rest_of_its_toolkit_is_no_cuda(tmp_path, demanded):
+    """Left out where CUDA is optional, an error where it is demanded; either way with the reason."""
+    options = ["-DCMAKE_DISABLE_FIND_PACKAGE_CUDAToolkit=1", *(["-DDICO_CUDA=1"] if demanded else [])]
+    done = cmake("-S", ROOT, "-B", tmp_path, *options)
+    assert (done.returncode != 0) == demanded, done.stderr
+    reason = r"nvcc [\d.]+, whose toolkit has no static runtime \(cudart_static\)"
+    said = " ".join((done.stderr if demanded else done.stdout).split())
+    assert re.search(("DICO_KERNELS_CUDA=1, but " if demanded else "CUDA: ") + reason, said)
+    assert ("DICO_BUILDS_CUDA:INTERNAL=OFF" in (tmp_path / "CMakeCache.txt").read_text()) == (not demanded)
