@@ -10,9 +10,11 @@ environment and the result survives a change of torch. CMake decides what is bui
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +42,19 @@ def device_code(library: Path) -> list[str]:
     return module.device_code(library)
 
 
+def program(name: str) -> str | None:
+    """Where cmake or ninja is: in the package that this build imports, else beside this Python; None if in neither.
+
+    So a virtual environment need not be activated. Its folder does not go onto PATH: for a system's Python that is
+    /usr/bin, whose compilers would come before those that were chosen.
+    """
+    try:
+        folder = getattr(importlib.import_module(name), {"cmake": "CMAKE_BIN_DIR", "ninja": "BIN_DIR"}[name])
+    except (ImportError, AttributeError):
+        folder = Path(sys.executable).parent
+    return shutil.which(name, path=str(folder))
+
+
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         library = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -48,8 +63,9 @@ class CMakeBuild(build_ext):
         cuda = os.environ.get("DICO_KERNELS_CUDA", "auto")
         if cuda not in ("auto", "0", "1"):
             raise SystemExit(f"DICO_KERNELS_CUDA={cuda!r}: expected 0, 1 or unset")
+        cmake = program("cmake") or "cmake"
         configure = [
-            "cmake", "-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja",
+            cmake, "-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja",
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={library.parent}",
             f"-DPython_EXECUTABLE={sys.executable}",
@@ -57,9 +73,11 @@ class CMakeBuild(build_ext):
             f"-DDICO_VERSION={version()}",
             f"-DDICO_CUDA={cuda.upper()}",
         ]  # fmt: skip
+        if ninja := program("ninja"):
+            configure.append(f"-DCMAKE_MAKE_PROGRAM={ninja}")
         if archs := os.environ.get("DICO_KERNELS_CUDA_ARCHS"):
             configure.append(f"-DDICO_CUDA_ARCHS={archs}")
-        build = ["cmake", "--build", str(build_dir), "--target", "_C"]
+        build = [cmake, "--build", str(build_dir), "--target", "_C"]
         if jobs := os.environ.get("MAX_JOBS"):
             build += ["--parallel", jobs]
         # A cache left by an isolated build names a cmake, ninja and pybind11 that no longer exist.

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -190,6 +191,32 @@ class TestCommandLine:
         assert self.run().returncode == 2
         assert self.run("bench").returncode == 2
         assert self.run("levitate").returncode == 2
+
+
+@pytest.mark.parametrize("packages", [True, False])
+def test_builds_with_its_own_tools_in_an_environment_that_is_not_activated(tmp_path, packages):
+    """With the packages that an isolated build installs; without them, with what lies beside this Python."""
+    beside = [Path(sys.executable).with_name(name) for name in ("cmake", "ninja")]
+    if not packages and not all(p.exists() for p in beside):
+        pytest.skip("this environment has no cmake and ninja beside its Python")
+    code = (
+        "import json, runpy, subprocess, sys\n"
+        f"if not {packages}: sys.modules.update(cmake=None, ninja=None)\n"
+        "commands = []\n"
+        "def run(command, check):\n"
+        "    commands.append(command)\n"
+        "    if '--build' in command: raise SystemExit(json.dumps(commands))\n"
+        "subprocess.run, sys.argv = run, ['setup.py', 'build_ext', '--build-temp', sys.argv[1]]\n"
+        "runpy.run_path('setup.py', run_name='__main__')"
+    )
+    done = run_python("-c", code, str(tmp_path), cwd=ROOT, PATH="/nonexistent")
+    configure, build = json.loads(done.stderr.splitlines()[-1])
+    assert configure[0] == build[0]
+    (ninja,) = [o.removeprefix(known) for o in configure if o.startswith(known := "-DCMAKE_MAKE_PROGRAM=")]
+    for tool in (configure[0], ninja):
+        assert Path(tool).is_absolute()
+        assert packages or Path(tool).parent == Path(sys.executable).parent
+        assert subprocess.run([tool, "--version"], capture_output=True, check=False).returncode == 0
 
 
 @pytest.mark.parametrize(
