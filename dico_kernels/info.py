@@ -22,7 +22,10 @@ def _installed(package: str) -> str | None:
 
 
 def build_info() -> dict[str, Any]:
-    """What this installation holds. Touches no GPU state beyond asking torch whether one is there.
+    """What this installation holds.
+
+    Where torch sees a GPU, asking for its name initialises CUDA in this process, as anything on the GPU would: a
+    process that is still to fork workers for CUDA calls this afterwards, or in a process of its own.
 
     Returns:
         A dictionary of JSON types:
