@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from dico_kernels.dtypes import tf32_convolutions, tf32_products
 from dico_kernels.ops._backends import current
 
 Key = tuple[Any, ...]
@@ -191,8 +192,8 @@ def _surroundings(device: str) -> Key:
     autocast = torch.is_autocast_enabled(device)
     return (
         torch.get_autocast_dtype(device) if autocast else None,
-        torch.get_float32_matmul_precision(),
-        torch.backends.cudnn.allow_tf32,
+        tf32_products(),
+        tf32_convolutions(),
         torch.are_deterministic_algorithms_enabled(),
         current(),
     )

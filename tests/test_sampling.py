@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 import pytest
 import torch
 from torch import nn
@@ -144,6 +146,23 @@ def test_a_graph_is_for_one_kind_of_call(model):
         assert torch.equal(run(*inputs(5)), model(*inputs(5)))
     assert captures(lambda: run(x, t, y)) == 0
     assert len(run) == fake.captures == 8
+
+
+@pytest.mark.parametrize("part", ["cuda.matmul", "cudnn.conv"])
+@torch.no_grad()
+def test_torchs_newer_precision_settings_are_part_of_the_kind(model, part):
+    """The older ones' getters raise when these are set."""
+    fake = FakeGraphs()
+    run = dk.GraphRunner(model, graphs=fake)
+    setting = attrgetter(part)(torch.backends)
+    before = setting.fp32_precision
+    try:
+        for precision in ("ieee", "tf32", "ieee"):
+            setting.fp32_precision = precision
+            run(*inputs(0))
+    finally:
+        setting.fp32_precision = before
+    assert (fake.captures, len(run)) == (2, 2)
 
 
 @torch.no_grad()

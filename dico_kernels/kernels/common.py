@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dico_kernels.dtypes import accumulation_dtype
+from dico_kernels.dtypes import accumulation_dtype, tf32_products
 
 # Fixed when a kernel is decorated, so it is read once, with the kernels' own import.
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -231,8 +231,7 @@ def acc_triton(dtype: torch.dtype) -> tl.dtype:
 
 def matmul_precision(dtype: torch.dtype) -> str:
     """How dots multiply: float32 as torch's own matmuls are set to; the other types have no choice."""
-    allow_tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
-    return "tf32" if allow_tf32 else "ieee"
+    return "tf32" if dtype == torch.float32 and tf32_products() else "ieee"
 
 
 def empty_image(n: int, c: int, h: int, w: int, like: Tensor) -> Tensor:

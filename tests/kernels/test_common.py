@@ -125,3 +125,21 @@ def test_float32_products_follow_torchs_setting(setting, expected):
         assert common.matmul_precision(torch.float64) == common.matmul_precision(torch.bfloat16) == "ieee"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize(("setting", "expected"), [("ieee", "ieee"), ("tf32", "tf32")])
+def test_float32_products_run_under_torchs_newer_setting(setting, expected, random):
+    """Under which torch.get_float32_matmul_precision() may raise."""
+    from dico_kernels.kernels import gemm
+
+    before = torch.get_float32_matmul_precision()
+    x, weight = random((2, 8, 3, 5), torch.float32), random((16, 8), torch.float32)
+    try:
+        torch.backends.cuda.matmul.fp32_precision = setting
+        assert common.matmul_precision(torch.float32) == expected
+        assert common.matmul_precision(torch.bfloat16) == "ieee"
+        y = gemm.pointwise(x, weight).y
+    finally:
+        torch.set_float32_matmul_precision(before)
+    exact = torch.nn.functional.conv2d(x.double(), weight.double()[:, :, None, None])
+    assert (y - exact).norm() <= (1e-3 if expected == "tf32" else 1e-6) * exact.norm()
