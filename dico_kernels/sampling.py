@@ -5,8 +5,7 @@ such call and replays them with a single launch, which matters wherever launchin
 batches, small models. GraphRunner does the recording, decides when it may be replayed, and runs the model as it is
 where it may not.
 
-_graphs.py does the recording. Unverified until run on a GPU: the bookkeeping is tested with a stand-in for CUDA, the
-capture itself is not.
+_graphs.py does the recording. Unverified until run on a GPU: both are tested with stand-ins for CUDA.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -143,6 +143,7 @@ def _surroundings(device: str) -> Key:
 class _Entry:
     graph: Graph
     inputs: dict[Any, Tensor]
+    device: torch.device
     words: str
     replays: int = 0
 
@@ -156,9 +157,9 @@ class GraphRunner:
     give a scale that changes from step to step as a tensor), autocast, the float32 precision flags and dk.backend.
 
     The model runs as it is, with the reason in ``explain()``, where a graph would be wrong or impossible: inputs not on
-    a GPU, gradients enabled, training mode, inside torch.compile or another capture, an argument that is neither a
-    tensor nor a plain constant, an output that is neither a tensor nor a tuple of them, a capture that failed (which is
-    not tried again for that kind until ``reset()`` or a change of the model).
+    a GPU, inputs or weights on several devices, gradients enabled, training mode, inside torch.compile or another
+    capture, an argument that is neither a tensor nor a plain constant, an output that is neither a tensor nor a tuple
+    of them, a capture that failed (which is not tried again for that kind until ``reset()`` or a change of the model).
 
     Weights may be changed in place at any time: load_state_dict, an optimiser and EMA do that, and the next call uses
     the new values. Before each replay the runner checks that every parameter, buffer and submodule is the one that was
@@ -265,13 +266,17 @@ class GraphRunner:
     # ---- whether ----
 
     def _why_eager(self, given: dict[Any, Any]) -> str | None:
-        device = self._graphs.device_type
         if torch.compiler.is_compiling():
             return "inside torch.compile"
+        kind, where = self._graphs.device_type, _device(given)
+        if where is None:
+            return "no argument is a tensor: a graph needs one, on whose device it is recorded"
         for name, v in given.items():
             if isinstance(v, Tensor):
-                if v.device.type != device:
-                    return f"{_name(name)} is on {v.device}: a graph needs every tensor on {device}"
+                if v.device.type != kind:
+                    return f"{_name(name)} is on {v.device}: a graph needs every tensor on {kind}"
+                if v.device != where:
+                    return f"{_name(name)} is on {v.device}: a graph needs every tensor on one device, here {where}"
                 if type(v) is not Tensor:
                     return f"{_name(name)} is a {type(v).__name__}, not a plain tensor"
             elif not isinstance(v, _CONSTANTS):
@@ -280,8 +285,10 @@ class GraphRunner:
             return "gradients are enabled: use torch.inference_mode() or no_grad()"
         if self.module.training:
             return "the model is in training mode: call model.eval()"
-        if device == "cuda" and torch.cuda.is_current_stream_capturing():
-            return "inside another capture"
+        if kind == "cuda":
+            with torch.cuda.device(where):
+                if torch.cuda.is_current_stream_capturing():
+                    return "inside another capture"
         return None
 
     def _entry(self, call: Callable[..., Any], given: dict[Any, Any]) -> _Entry | str:
@@ -299,11 +306,16 @@ class GraphRunner:
             return self._failed[key]
         if any(m.training for m in self.module.modules()):
             return "a submodule is in training mode: call model.eval()"
+        device = _device(given)
+        assert device is not None
+        for name, v in chain(self.module.named_parameters(), self.module.named_buffers()):
+            if v.device != device:
+                return f"{name} is on {v.device}: a graph needs the whole model on one device, here {device}"
         while len(self._kept) >= self.max_graphs:
             self._kept.popitem(last=False)
             self._evicted += 1
         try:
-            self._kept[key] = self._capture(call, given)
+            self._kept[key] = self._capture(call, given, device)
         except Exception as error:  # whatever the model does that a graph cannot, it still runs without one
             first = (str(error).strip().splitlines() or [""])[0]
             self._failed[key] = f"capture failed: {type(error).__name__}: {first[:200]}"
@@ -313,7 +325,7 @@ class GraphRunner:
 
     # ---- how ----
 
-    def _capture(self, call: Callable[..., Any], given: dict[Any, Any]) -> _Entry:
+    def _capture(self, call: Callable[..., Any], given: dict[Any, Any], device: torch.device) -> _Entry:
         # Inference tensors could not be written to outside inference mode, where the next call may be.
         with torch.inference_mode(False), torch.no_grad():
             inputs = {k: torch.empty_like(v).copy_(v) for k, v in given.items() if isinstance(v, Tensor)}
@@ -321,15 +333,15 @@ class GraphRunner:
         positional = [arguments[k] for k in arguments if isinstance(k, int)]
         named = {k: v for k, v in arguments.items() if isinstance(k, str)}
         with _uncached_autocast(self._graphs.device_type):
-            graph = self._graphs.capture(lambda: call(*positional, **named), self.warmup)
+            graph = self._graphs.capture(lambda: call(*positional, **named), self.warmup, device)
         whole = graph.output if isinstance(graph.output, (tuple, list)) else [graph.output]
         if not all(isinstance(o, Tensor) for o in whole):
             raise TypeError(f"the output is a {type(graph.output).__name__}: expected a tensor, or a tuple of them")
         self._captured += 1
-        return _Entry(graph, inputs, _describe(given))
+        return _Entry(graph, inputs, device, _describe(given))
 
     def _replay(self, entry: _Entry, given: dict[Any, Any]) -> Any:
-        self._graphs.order()
+        self._graphs.order(entry.device)
         with torch.no_grad():
             for name, buffer in entry.inputs.items():
                 buffer.copy_(given[name], non_blocking=True)
@@ -339,6 +351,11 @@ class GraphRunner:
         if not self.clone:
             return out
         return type(out)(o.clone() for o in out) if isinstance(out, (tuple, list)) else out.clone()
+
+
+def _device(given: dict[Any, Any]) -> torch.device | None:
+    """The first tensor's."""
+    return next((v.device for v in given.values() if isinstance(v, Tensor)), None)
 
 
 def _name(key: Any) -> str:

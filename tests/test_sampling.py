@@ -33,7 +33,8 @@ class FakeGraphs:
     def __init__(self, fails=None):
         self.captures, self.warmups, self.orders, self.fails = 0, 0, 0, fails
 
-    def capture(self, call, warmup):
+    def capture(self, call, warmup, device):
+        assert device == torch.device("cpu")
         for _ in range(warmup):
             call()
         self.warmups += warmup
@@ -42,7 +43,8 @@ class FakeGraphs:
         self.captures += 1
         return Recording(call)
 
-    def order(self):
+    def order(self, device):
+        assert device == torch.device("cpu")
         self.orders += 1
 
 
@@ -248,6 +250,12 @@ def test_without_watching_only_reset_drops_graphs(model):
     assert fake.captures == 2
 
 
+class Second(torch.Tensor):
+    """A tensor on the CPU that says it is on a second one."""
+
+    device = property(lambda self: torch.device("cpu", 1))
+
+
 def eager_reason(run, *args, **kwargs):
     run(*args, **kwargs)
     row = run.explain()[-1]
@@ -290,6 +298,30 @@ class TestEager:
         assert "argument extra is a list" in eager_reason(run, torch.ones(1), extra=[1])
         sub = nn.Parameter(torch.ones(1))
         assert "x is a Parameter" in eager_reason(run, sub, None)
+
+    @torch.no_grad()
+    def test_several_devices(self, model):
+        fake = FakeGraphs()
+        run = dk.GraphRunner(model, graphs=fake)
+        x, t, y = inputs(0)
+        reason = "t is on cpu:1: a graph needs every tensor on one device, here cpu"
+        assert eager_reason(run, x, t.as_subclass(Second), y) == reason
+        model.register_buffer("elsewhere", torch.ones(1).as_subclass(Second))
+        reason = "elsewhere is on cpu:1: a graph needs the whole model on one device, here cpu"
+        assert eager_reason(run, x, t, y) == reason
+        assert fake.captures == fake.warmups == 0
+        del model.elsewhere
+        run(x, t, y)
+        assert run.explain()[-1].how == "graph"
+
+    @torch.no_grad()
+    def test_no_tensor_at_all(self):
+        class Scalar(nn.Module):
+            def forward(self, x):
+                return torch.full((2,), x)
+
+        run = dk.GraphRunner(Scalar().eval(), graphs=FakeGraphs())
+        assert "no argument is a tensor" in eager_reason(run, 3.0)
 
     @torch.no_grad()
     def test_a_failed_capture_is_not_tried_again_until_the_model_changes(self, model):
@@ -342,6 +374,10 @@ def test_unusable_arguments_are_named(model):
     assert str(dk.GraphRunner(model).explain()) == "Nothing was called."
 
 
+def on_gpu(seed, **sizes):
+    return [v.cuda() for v in inputs(seed, **sizes)]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 class TestOnGpu:
     @pytest.mark.parametrize("fused", [False, True])
@@ -351,14 +387,14 @@ class TestOnGpu:
             dk.fuse(model)
         run = dk.GraphRunner(model, max_graphs=2)
         for seed, n in ((0, 2), (1, 2), (2, 4), (3, 2), (4, 1), (5, 2)):
-            given = [v.cuda() for v in inputs(seed, n=n)]
+            given = on_gpu(seed, n=n)
             with torch.inference_mode():
                 torch.testing.assert_close(run(*given), model(*given))
         assert {row.how for row in run.explain()} == {"graph"}, str(run.explain())
 
     @torch.no_grad()
     def test_weights_written_in_place(self, model):
-        model, given = model.cuda(), [v.cuda() for v in inputs(0)]
+        model, given = model.cuda(), on_gpu(0)
         run = dk.GraphRunner(model)
         before = run(*given)
         model.load_state_dict({k: v * 1.1 if v.is_floating_point() else v for k, v in model.state_dict().items()})
@@ -369,7 +405,7 @@ class TestOnGpu:
 
     @torch.no_grad()
     def test_under_autocast(self, model):
-        model, given = model.cuda(), [v.cuda() for v in inputs(0)]
+        model, given = model.cuda(), on_gpu(0)
         run = dk.GraphRunner(model)
         for _ in range(3):
             with torch.autocast("cuda", torch.bfloat16):

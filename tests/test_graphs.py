@@ -1,0 +1,144 @@
+"""Recording with CUDA graphs, against a stand-in for torch.cuda: memory, devices, streams, and the way back."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from fake_cuda import FakeCuda, OnFakeCuda
+from torch import nn
+
+import dico_kernels as dk
+from dico_kernels import _graphs
+from dico_kernels.reference import DiCo
+from dico_kernels.reference.weights import fill_
+
+GPU = [torch.device("cuda", 0), torch.device("cuda", 1)]
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    yield (fake := FakeCuda()).install(monkeypatch) or fake
+    _graphs._streams.cache_clear()
+
+
+class Model(nn.Module):
+    """Doubles x; ``step`` is what else happens, every time."""
+
+    def __init__(self, cuda, step=None):
+        super().__init__()
+        self.cuda, self.step, self.weight = cuda, step, nn.Parameter(torch.ones(()), requires_grad=False)
+        self.eval()
+
+    def forward(self, x):
+        self.cuda.matmul()
+        if self.step is not None:
+            self.step()
+        return x * 2 * self.weight
+
+
+def runner(cuda, step=None, **options):
+    return dk.GraphRunner(Model(cuda, step), graphs=OnFakeCuda(), **options)
+
+
+@torch.no_grad()
+def test_streams_are_two_for_a_device_whatever_is_recorded(cuda):
+    for run in (runner(cuda), runner(cuda)):
+        for n in (1, 2, 3):
+            run(torch.ones(n))
+    assert cuda.streams_made == 2
+    for _ in range(2):
+        _graphs.CudaGraphs().capture(lambda: None, 1, GPU[1])
+    assert cuda.streams_made == 4
+
+
+# ---- devices ----
+
+
+def test_a_call_is_recorded_and_replayed_on_its_tensors_device(cuda):
+    graphs, ran = _graphs.CudaGraphs(), []
+
+    def call():
+        ran.append((cuda.device, cuda.current_stream().name))
+        return "output"
+
+    for device in (0, 1, 0):
+        assert graphs.capture(call, 1, GPU[device]).output == "output"
+    assert [device for device, _ in ran] == [0, 0, 1, 1, 0, 0]
+    assert {stream for _, stream in ran} == {"made 1", "made 2", "made 3", "made 4"}
+    for index in (0, 1):
+        side, here = _graphs._streams(index)[0], cuda.current[index]
+        assert set(side.waited) == {here}
+        assert set(here.waited) == {side}
+    on_second = graphs.capture(call, 1, GPU[1])
+    assert cuda.device == 0
+    on_second.replay()
+    assert cuda.events[-1] == ("replay", "default 1")
+    assert (cuda.device, cuda.current[1].name) == (0, "default 1")
+
+
+def test_inputs_wait_for_the_last_replay_on_their_device(cuda):
+    graphs = _graphs.CudaGraphs()
+    recorded = [graphs.capture(lambda: None, 1, device) for device in GPU]
+    earlier = [cuda.current[0], cuda.current[1]]
+    for graph in recorded:
+        graph.replay()
+    for index, device in enumerate(GPU):
+        here = cuda.current[index] = cuda.new_stream(index)
+        graphs.order(device)
+        assert here.waited == [earlier[index]]
+        graphs.order(GPU[1 - index])
+        assert here.waited == [earlier[index]]
+
+
+# ---- on a GPU ----
+
+
+def on_gpu(seed, n=2):
+    g = torch.Generator().manual_seed(seed)
+    given = torch.randn(n, 4, 8, 8, generator=g), torch.arange(n) * 7 + seed, (torch.arange(n) + seed) % 3
+    return [v.cuda() for v in given]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+class TestOnGpu:
+    @pytest.fixture
+    def model(self):
+        return fill_(DiCo(hidden_size=8, depth=(1, 1, 1, 1, 1), num_classes=3)).eval().cuda()
+
+    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+    @torch.no_grad()
+    def test_on_a_device_that_is_not_the_current_one(self, model):
+        first, second = model, copy.deepcopy(model).cuda(1)
+        runs = [dk.GraphRunner(first), dk.GraphRunner(second)]
+        for seed in (0, 1):
+            for index, run in enumerate(runs):
+                given = [v.to(f"cuda:{index}") for v in on_gpu(seed)]
+                torch.testing.assert_close(run(*given), (first, second)[index](*given))
+                assert run.explain()[-1].how == "graph", str(run.explain())
+        x, t, y = on_gpu(0)
+        with pytest.raises(RuntimeError, match="device"):
+            runs[0](x, t, y.to("cuda:1"))
+        assert "y is on cuda:1: a graph needs every tensor on one device" in runs[0].explain()[-1].reason
+
+    @torch.no_grad()
+    def test_streams_are_the_same_for_every_recording(self, model):
+        for n in (1, 2):
+            dk.GraphRunner(model)(*on_gpu(0, n=n))
+        streams = _graphs._streams(0)
+        dk.GraphRunner(model)(*on_gpu(0, n=3))
+        assert _graphs._streams(0) is streams
+        assert torch.cuda.graph.default_capture_stream not in streams
+
+    @torch.no_grad()
+    def test_torchs_newer_precision_settings(self, model):
+        given = on_gpu(0)
+        run, before = dk.GraphRunner(model), torch.get_float32_matmul_precision()
+        try:
+            for precision in ("ieee", "tf32"):
+                torch.backends.cuda.matmul.fp32_precision = precision
+                torch.testing.assert_close(run(*given), model(*given))
+        finally:
+            torch.set_float32_matmul_precision(before)
+        assert run.explain().captured == 2
