@@ -1,4 +1,4 @@
-"""Recording and replaying calls with torch.cuda.graph: streams and devices.
+"""Recording and replaying calls with torch.cuda.graph: memory, streams and devices.
 
 Unverified until run on a GPU: tested with a stand-in for the parts of torch.cuda that are called here.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 
@@ -39,12 +40,14 @@ class _Place:
     def __init__(self, index: int) -> None:
         self.index = index
         self.pool: Any = None
+        self.graphs: WeakSet[_CudaGraph] = WeakSet()  # those that are still there
         self.last: torch.cuda.Stream | None = None
 
 
 class _CudaGraph:
     def __init__(self, graph: torch.cuda.CUDAGraph, output: Any, place: _Place) -> None:
         self.graph, self.output, self.place = graph, output, place
+        place.graphs.add(self)
 
     def replay(self) -> None:
         with torch.cuda.device(self.place.index):
@@ -71,12 +74,18 @@ class CudaGraphs:
                 for _ in range(warmup):
                     call()
             here.wait_stream(side)
-            if place.pool is None:
+            # A pool dies with its last graph. While anything of it is in use, torch keeps it and refuses to record
+            # into it, so it is not asked to.
+            if place.pool is None or not place.graphs:
                 place.pool = torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
-            # Other threads (a data loader pinning memory) may go on with CUDA while this one records.
-            with torch.cuda.graph(graph, pool=place.pool, stream=recorder, capture_error_mode="thread_local"):
-                output = call()
+            _clear_workspaces()
+            try:
+                # Other threads (a data loader pinning memory) may go on with CUDA while this one records.
+                with torch.cuda.graph(graph, pool=place.pool, stream=recorder, capture_error_mode="thread_local"):
+                    output = call()
+            finally:
+                _clear_workspaces()
         return _CudaGraph(graph, output, place)
 
     def order(self, device: torch.device) -> None:
@@ -95,3 +104,14 @@ def _streams(index: int) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
     process, on the device that was current when it was first used.
     """
     return torch.cuda.Stream(index), torch.cuda.Stream(index)  # type: ignore[no-untyped-call]
+
+
+def _clear_workspaces() -> None:
+    """Free cuBLAS's workspaces.
+
+    One from before a recording would be shared by every graph that ever used the stream; one from within would keep the
+    pool's memory after its graphs are gone.
+    """
+    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+    if clear is not None:
+        clear()

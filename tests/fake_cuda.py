@@ -77,12 +77,12 @@ class FakeCuda:
         heals: the generator needs no help after a failure, as in torch 2.13.
     """
 
-    def __init__(self):
+    def __init__(self, keeps_workspaces=False, heals=False):
         self.device, self.events, self.handles, self.streams_made = 0, [], 0, 0
         self.current = [Stream(0, "default 0"), Stream(1, "default 1")]
         self.generators = (Generator(0), Generator(1))
         self.pools, self.workspaces, self.recording, self.begins_badly = {}, {}, {}, None
-        self.keeps_workspaces = self.heals = False
+        self.keeps_workspaces, self.heals = keeps_workspaces, heals
 
     # ---- what a recorded call does ----
 
@@ -144,6 +144,7 @@ class FakeCuda:
         generator.draw()
 
     def install(self, monkeypatch):
+        """Put it in place until the test ends."""
         _graphs._streams.cache_clear()
         cuda = self
 
@@ -200,6 +201,7 @@ class FakeCuda:
             monkeypatch.setattr(torch._C, name, stand_in, raising=False)
         if self.keeps_workspaces:
             monkeypatch.delattr(torch._C, "_cuda_clearCublasWorkspaces")
+        return self
 
 
 def _index(device):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -19,7 +20,14 @@ GPU = [torch.device("cuda", 0), torch.device("cuda", 1)]
 
 @pytest.fixture
 def cuda(monkeypatch):
-    yield (fake := FakeCuda()).install(monkeypatch) or fake
+    yield FakeCuda().install(monkeypatch)
+    _graphs._streams.cache_clear()
+
+
+@pytest.fixture
+def older(monkeypatch):
+    """A torch that cannot give up cuBLAS's workspace, which keeps the pool that it was allocated in."""
+    yield FakeCuda(keeps_workspaces=True).install(monkeypatch)
     _graphs._streams.cache_clear()
 
 
@@ -40,6 +48,73 @@ class Model(nn.Module):
 
 def runner(cuda, step=None, **options):
     return dk.GraphRunner(Model(cuda, step), graphs=OnFakeCuda(), **options)
+
+
+def hows(run):
+    return {(row.how, row.reason) for row in run.explain()}
+
+
+# ---- memory ----
+
+
+def reset(run):
+    run.reset()
+
+
+def replace_a_weight(run):
+    module = next(m for m in run.module.modules() if isinstance(getattr(m, "weight", None), nn.Parameter))
+    module.weight = nn.Parameter(module.weight.clone(), requires_grad=False)
+
+
+def make_room(run):
+    run(torch.ones(5))
+
+
+@pytest.mark.parametrize("end", [reset, replace_a_weight, make_room])
+@pytest.mark.parametrize("torchs", ["cuda", "older"])
+@torch.no_grad()
+def test_recording_goes_on_when_the_last_graph_is_gone(torchs, end, request):
+    cuda = request.getfixturevalue(torchs)
+    run = runner(cuda, max_graphs=1)
+    for _ in range(3):
+        run(torch.ones(2))
+        end(run)
+    assert torch.equal(run(torch.ones(3)), torch.full((3,), 2.0))
+    assert hows(run) == {("graph", "")}
+    assert sum(pool.uses for pool in cuda.pools.values()) == len(run) == 1
+
+
+@torch.no_grad()
+def test_recording_goes_on_after_an_output_that_is_no_tensor(older):
+    run = runner(older)
+    forward, run._call = run._call, lambda x: {"out": run.module(x)}
+    run(torch.ones(2))
+    run._call = forward
+    run(torch.ones(3))
+    assert [row.how for row in run.explain()] == ["eager", "graph"]
+
+
+@torch.no_grad()
+def test_graphs_that_live_together_share_a_pool_and_runners_do_not(cuda):
+    run, other = runner(cuda), runner(cuda)
+    for n in (1, 2, 3):
+        run(torch.ones(n))
+    assert [pool.uses for pool in cuda.pools.values()] == [3]
+    other(torch.ones(1))
+    assert [pool.uses for pool in cuda.pools.values()] == [3, 1]
+    del run
+    gc.collect()
+    cuda.empty_cache()
+    assert [pool.uses for pool in cuda.pools.values()] == [1]
+
+
+@torch.no_grad()
+def test_workspaces_are_freed_around_a_recording(cuda):
+    """So each graph has its own, in its pool's memory, and nothing else keeps that."""
+    run = runner(cuda)
+    run(torch.ones(1))
+    assert cuda.events == ["clear", "begin", "end", "clear", ("replay", "default 0")]
+    assert not cuda.workspaces
 
 
 @torch.no_grad()
@@ -78,6 +153,15 @@ def test_a_call_is_recorded_and_replayed_on_its_tensors_device(cuda):
     assert (cuda.device, cuda.current[1].name) == (0, "default 1")
 
 
+def test_devices_have_pools_of_their_own(older):
+    """Or one device's would be taken for alive by the other's graph."""
+    graphs = _graphs.CudaGraphs()
+    kept = [graphs.capture(older.matmul, 1, device) for device in GPU]
+    del kept[0]
+    kept.append(graphs.capture(older.matmul, 1, GPU[0]))
+    assert sorted((device, pool.uses) for (device, _), pool in older.pools.items()) == [(0, 0), (0, 1), (1, 1)]
+
+
 def test_inputs_wait_for_the_last_replay_on_their_device(cuda):
     graphs = _graphs.CudaGraphs()
     recorded = [graphs.capture(lambda: None, 1, device) for device in GPU]
@@ -106,6 +190,35 @@ class TestOnGpu:
     @pytest.fixture
     def model(self):
         return fill_(DiCo(hidden_size=8, depth=(1, 1, 1, 1, 1), num_classes=3)).eval().cuda()
+
+    @pytest.mark.parametrize("end", ["reset", "another kind", "another weight"])
+    @torch.no_grad()
+    def test_recording_goes_on_when_the_last_graph_is_gone(self, model, end):
+        given, other = on_gpu(0), on_gpu(0, n=3)
+        run, reserved = dk.GraphRunner(model, max_graphs=1), []
+        for _ in range(6):
+            torch.testing.assert_close(run(*given), model(*given))
+            if end == "reset":
+                run.reset()
+            elif end == "another kind":
+                run(*other)
+            else:
+                replace_a_weight(run)
+            torch.cuda.empty_cache()
+            reserved.append(torch.cuda.memory_reserved())
+        assert {row.how for row in run.explain()} == {"graph"}, str(run.explain())
+        assert reserved[-1] <= reserved[1]
+
+    @torch.no_grad()
+    def test_recording_goes_on_after_an_output_that_is_no_tensor(self, model):
+        given = on_gpu(0)
+        run = dk.GraphRunner(model)
+        run._call = lambda *args: {"out": model(*args)}
+        run(*given)
+        assert "the output is a dict" in run.explain()[0].reason
+        run._call = model
+        torch.testing.assert_close(run(*on_gpu(0, n=3)), model(*on_gpu(0, n=3)))
+        assert run.explain()[-1].how == "graph", str(run.explain())
 
     @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
     @torch.no_grad()
