@@ -160,6 +160,8 @@ class GraphRunner:
     a GPU, inputs or weights on several devices, gradients enabled, training mode, inside torch.compile or another
     capture, an argument that is neither a tensor nor a plain constant, an output that is neither a tensor nor a tuple
     of them, a capture that failed (which is not tried again for that kind until ``reset()`` or a change of the model).
+    A failed capture leaves streams, memory and random generators in order; with torch 2.11 other graphs on the device
+    may be recorded anew, for their random numbers' sake.
 
     Weights may be changed in place at any time: load_state_dict, an optimiser and EMA do that, and the next call uses
     the new values. Before each replay the runner checks that every parameter, buffer and submodule is the one that was
@@ -301,7 +303,9 @@ class GraphRunner:
         key = (method, kinds, _surroundings(self._graphs.device_type))
         if key in self._kept:
             self._kept.move_to_end(key)
-            return self._kept[key]
+            if not self._kept[key].graph.stale:
+                return self._kept[key]
+            del self._kept[key]
         if key in self._failed:
             return self._failed[key]
         if any(m.training for m in self.module.modules()):

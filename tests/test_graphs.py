@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from contextlib import suppress
 
 import pytest
 import torch
@@ -176,6 +177,132 @@ def test_inputs_wait_for_the_last_replay_on_their_device(cuda):
         assert here.waited == [earlier[index]]
 
 
+# ---- failures ----
+
+
+def raises(cuda):
+    """A recording that can still be ended."""
+    raise KeyError("its own")
+
+
+def synchronizes(cuda):
+    """torch.cuda.graph cannot end this one."""
+    cuda.synchronize()
+
+
+def synchronizes_and_goes_on(cuda):
+    """Nor this, and that is the first that is heard of it."""
+    with suppress(RuntimeError):
+        cuda.synchronize()
+
+
+def cannot_begin(cuda):
+    raise AssertionError("never called")
+
+
+FAILURES = {
+    raises: (KeyError, "its own"),
+    synchronizes: (RuntimeError, "not permitted when stream is capturing"),
+    synchronizes_and_goes_on: (RuntimeError, "failed due to a previous error"),
+    cannot_begin: (MemoryError, "no memory"),
+}
+
+
+def fail(cuda, graphs, how):
+    """Try to record a call that fails so."""
+    cuda.begins_badly = MemoryError("no memory") if how is cannot_begin else None
+    error, message = FAILURES[how]
+    said = ""
+    try:
+        graphs.capture(lambda: (cuda.matmul(), how(cuda)), 0, GPU[0])
+    except error as found:  # not by pytest.raises, which keeps it, and with it all that is to be freed
+        said = str(found)
+    assert message in said
+    cuda.begins_badly = None
+
+
+@pytest.mark.parametrize("heals", [False, True])
+@pytest.mark.parametrize("how", FAILURES)
+def test_a_failure_leaves_nothing_behind(cuda, how, heals):
+    cuda.heals = heals
+    graphs, before = _graphs.CudaGraphs(), (cuda.device, *cuda.current)
+    cuda.generators[0].draw()
+    kept = graphs.capture(cuda.matmul, 1, GPU[0])
+    fail(cuda, graphs, how)
+    assert (cuda.device, *cuda.current) == before
+    gc.collect()
+    assert not any(pool.recording for pool in cuda.pools.values())
+    assert [pool.uses for pool in cuda.pools.values()] == [1]
+    assert not cuda.workspaces
+    assert cuda.generators[0].state.offset == 4
+    cuda.generators[0].draw()
+    again = graphs.capture(cuda.matmul, 1, GPU[0])
+    assert [pool.uses for pool in cuda.pools.values()] == [1, 1]
+    assert not again.stale
+    # Recorded with a generator that is stuck: what it draws can no longer be replayed.
+    assert kept.stale == (how is not raises and not heals)
+
+
+@pytest.mark.parametrize("how", FAILURES)
+def test_a_failure_frees_memory_without_waiting_for_the_garbage_collector(cuda, how):
+    graphs = _graphs.CudaGraphs()
+    gc.collect()
+    gc.disable()
+    try:
+        fail(cuda, graphs, how)
+        cuda.empty_cache()
+        assert not cuda.pools
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("how", FAILURES)
+def test_what_this_torch_does_not_have_hides_no_error(cuda, how, monkeypatch):
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool", "_cuda_clearCublasWorkspaces"):
+        monkeypatch.delattr(torch._C, name)
+    monkeypatch.setattr(torch.cuda, "default_generators", ())
+    fail(cuda, _graphs.CudaGraphs(), how)
+    monkeypatch.delattr(torch.cuda, "default_generators")
+    fail(cuda, _graphs.CudaGraphs(), how)
+
+
+def test_a_failed_warmup_leaves_nothing_behind(cuda):
+    graphs, before = _graphs.CudaGraphs(), (cuda.device, *cuda.current)
+    with pytest.raises(KeyError):
+        graphs.capture(lambda: raises(cuda), 1, GPU[1])
+    assert (cuda.device, *cuda.current) == before
+    (side,) = cuda.current[1].waited  # or its memory would be used again before it is done
+    assert side.name.startswith("made")
+    assert not cuda.pools
+
+
+@pytest.mark.parametrize("heals", [False, True])
+@torch.no_grad()
+def test_after_a_failure_the_model_runs_as_it_is(cuda, heals):
+    cuda.heals, bad = heals, torch.ones(3)
+
+    def step():
+        cuda.synchronize() if fails else None
+        if cuda.current_stream() not in cuda.recording:
+            cuda.generators[0].draw()
+
+    fails, run = False, runner(cuda, lambda: step())
+    run(torch.ones(2))
+    fails = True
+    for _ in range(2):
+        assert torch.equal(run(bad), torch.full((3,), 2.0))
+        assert (cuda.device, cuda.current[0].name) == (0, "default 0")
+    fails = False
+    run(torch.ones(2))
+    run(torch.ones(4))
+    assert [(row.how, row.calls) for row in run.explain()] == [("graph", 2), ("eager", 2), ("graph", 1)]
+    reason = "capture failed: RuntimeError: operation not permitted when stream is capturing"
+    assert run.explain()[1].reason == reason
+    # The earlier graph holds the generator that got stuck, where there is one, and was recorded anew.
+    assert run.explain().captured == (2 if heals else 3)
+    assert len(run) == 2
+
+
 # ---- on a GPU ----
 
 
@@ -234,6 +361,38 @@ class TestOnGpu:
         with pytest.raises(RuntimeError, match="device"):
             runs[0](x, t, y.to("cuda:1"))
         assert "y is on cuda:1: a graph needs every tensor on one device" in runs[0].explain()[-1].reason
+
+    @torch.no_grad()
+    def test_after_a_failed_capture_the_model_runs_as_it_is(self):
+        class Draws(nn.Module):
+            def forward(self, x, extra):
+                return x * (2.0 if x.shape[0] == 2 else x.sum().item()) + torch.rand_like(x) + extra
+
+        model, here = Draws().eval(), torch.cuda.current_stream()
+        run = dk.GraphRunner(model)
+
+        def same(n):
+            x = torch.ones(n, 3, device="cuda")
+            torch.cuda.manual_seed(5)
+            expected = model(x, 0)
+            torch.cuda.manual_seed(5)
+            torch.testing.assert_close(run(x, 0), expected)
+            return run.explain()[-1].how
+
+        run(torch.ones(2, 3, device="cuda"), 0)
+        assert same(2) == "graph"
+        run(torch.ones(3, 3, device="cuda"), 0)
+        assert same(3) == "eager"
+        assert "capture failed" in run.explain()[-1].reason
+        assert "previous error" not in run.explain()[-1].reason  # but what the call itself was refused
+        assert torch.cuda.current_stream() == here
+        assert torch.randn(2, device="cuda").isfinite().all()
+        before = run.explain()[0].calls
+        run(torch.ones(2, 3, device="cuda"), 0)
+        same(2)
+        assert run.explain()[0].calls == before + 2
+        run(torch.ones(2, 4, device="cuda"), 0)
+        assert run.explain()[-1].how == "graph", str(run.explain())
 
     @torch.no_grad()
     def test_streams_are_the_same_for_every_recording(self, model):

@@ -16,6 +16,8 @@ from dico_kernels.reference.weights import fill_
 class Recording:
     """Runs the call again on the tensors it was recorded with, and writes to the output it had: a graph's semantics."""
 
+    stale = False
+
     def __init__(self, call):
         self.call, self.output = call, call()
 
@@ -248,6 +250,18 @@ def test_without_watching_only_reset_drops_graphs(model):
     assert len(run) == 0
     run(*inputs(0))
     assert fake.captures == 2
+
+
+@torch.no_grad()
+def test_a_stale_graph_is_recorded_anew_and_makes_room_for_itself(model):
+    fake = FakeGraphs()
+    run = dk.GraphRunner(model, graphs=fake, max_graphs=2)
+    for n in (1, 2):
+        run(*inputs(0, n=n))
+    next(iter(run._kept.values())).graph.stale = True
+    for n in (1, 2):
+        torch.testing.assert_close(run(*inputs(1, n=n)), model(*inputs(1, n=n)), rtol=0, atol=0)
+    assert (fake.captures, len(run), run.explain().evicted) == (3, 2, 0)
 
 
 class Second(torch.Tensor):
