@@ -395,6 +395,16 @@ class TestOnGpu:
         assert run.explain()[-1].how == "graph", str(run.explain())
 
     @torch.no_grad()
+    def test_inside_another_capture(self, model):
+        given, run, outer = on_gpu(0), dk.GraphRunner(model), torch.cuda.CUDAGraph()
+        expected = run(*given)
+        with torch.cuda.graph(outer):
+            out = run(*given)
+        assert run.explain()[-1].reason == "inside another capture"
+        outer.replay()
+        torch.testing.assert_close(out, expected)
+
+    @torch.no_grad()
     def test_streams_are_the_same_for_every_recording(self, model):
         for n in (1, 2):
             dk.GraphRunner(model)(*on_gpu(0, n=n))
