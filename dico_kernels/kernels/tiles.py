@@ -67,10 +67,18 @@ def _span(hw: int) -> int:
 def row_tile(c: int, hw: int, tensors: int) -> RowTile:
     """Rows for LayerNorm: a row has to be in one program; `tensors` is how many tiles are live at once."""
     cols = pow2(c)
-    # Four tiles of 2048 elements and 4 warps are 64 registers a thread; more tensors take fewer rows.
-    elements = 2048 if tensors <= 2 else 1024
+    if tensors > 2:
+        # Backward: four and more tiles and sums that last as long as the program. Shared out to one or two warps they
+        # would spill, and its programs are few, so a row's warps meet at barriers instead.
+        elements, per_thread = 1024, 8
+    elif cols > 256:
+        # A row within one warp is summed by shuffles alone; where several share it, each of its sums is a trip through
+        # shared memory with two barriers. 32 elements a thread still leave registers for 28 warps a multiprocessor.
+        elements, per_thread = 1024, 32
+    else:
+        # each warp has whole rows to itself as it is
+        elements, per_thread = 2048, 16
     rows = min(max(elements // cols, 1), 16, pow2(hw))
-    per_thread = 16 if tensors <= 2 else 8
     warps = min(max(pow2(rows * cols // (32 * per_thread)), 1), 16)
     return RowTile(rows, cols, max(_span(hw), rows), warps)
 

@@ -116,6 +116,14 @@ def test_tiles_cover_and_are_powers_of_two(c, hw):
     assert tiles.row_tile(c, hw, tensors=2).cols >= c
 
 
+@pytest.mark.parametrize("c", [257, 416, 1024])
+def test_a_forward_row_of_moderate_width_is_one_warps(c):
+    """Several would meet at barriers; and 32 elements a thread are what registers hold without spilling."""
+    tile = tiles.row_tile(c, 1024, tensors=2)
+    assert tile.warps == 1
+    assert tile.rows * tile.cols <= 1024
+
+
 @pytest.mark.parametrize(("setting", "expected"), [("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")])
 def test_float32_products_follow_torchs_setting(setting, expected):
     before = torch.get_float32_matmul_precision()
