@@ -214,7 +214,7 @@ def launch(
     maxnreg: int | None = None,
     **constants: Any,
 ) -> None:
-    """Run `programs` programs of a kernel on the device of its first argument; maxnreg limits registers (NVIDIA)."""
+    """Run `programs` programs of a kernel on the device of its first argument; maxnreg limits registers on NVIDIA's."""
     if _recording is not None:
         _recording.append(Launch(kernel, args, constants, num_warps, num_stages, maxnreg))
         return
@@ -222,7 +222,8 @@ def launch(
     assert isinstance(x, Tensor)
     # Triton launches on the current device, which need not be the tensor's.
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        options = {} if maxnreg is None else {"maxnreg": maxnreg}
+        # AMD's compiler has no such option, and Triton refuses what a compiler does not know
+        options = {} if maxnreg is None or torch.version.hip is not None else {"maxnreg": maxnreg}
         kernel[(programs,)](*args, **constants, **options, num_warps=num_warps, num_stages=num_stages)
 
 

@@ -175,11 +175,12 @@ def _depthwise_bwd_weight_kernel(
     C, H, W, row_blocks, col_blocks, channel_blocks,
     K: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """One row of taps a program: K programs walk the same rows, for K accumulators each instead of K * K."""
+    """Every tap in one walk over x, whose row r, shifted by kx, meets row r - ky + P of dz: dtap[ky, kx] += x * dz.
+
+    So each row of x is loaded k times and each of dz once, for k * k products of every pixel.
+    """
     P: tl.constexpr = K // 2
     pid = tl.program_id(0).to(tl.int64)
-    ky = pid % K
-    pid = pid // K
     c = (pid % channel_blocks) * CHANNELS + tl.arange(0, CHANNELS)
     stream = pid // channel_blocks
     w = (stream % col_blocks) * WIDTH + tl.arange(0, WIDTH)
@@ -192,24 +193,38 @@ def _depthwise_bwd_weight_kernel(
     zero = tl.zeros([WIDTH, CHANNELS], ACC)
     bias_sum = zero
     dtaps = ()
-    for _ in tl.static_range(K):
+    for _ in tl.static_range(K * K):
         dtaps = dtaps + (zero,)
-    for s in range(first, last):
-        d = load(dz + row_offset((image + s) * W, C) + inner, mask, ACC)
+    # At row r of x the walk holds rows r - P .. r + P of dz; those outside [first, last) count as zero, since another
+    # program adds them up.
+    ds = ()
+    for _ in tl.static_range(K - 1):
+        ds = ds + (zero,)
+    for q in range(first, last + 2 * P):
+        r = q - P
+        d = load(dz + row_offset((image + q) * W, C) + inner, mask & (q < last), ACC)
         bias_sum += d
-        r = s + ky - P
+        ds = ds + (d,)
         source = x + row_offset((image + r) * W, C) + inner
         inside = (r >= 0) & (r < H)
-        added = ()
+        xs = ()
         for kx in tl.static_range(K):
             shifted = w + (kx - P)
             ok = inside & ((shifted >= 0) & (shifted < W))[:, None] & (c < C)[None, :]
-            added = added + (dtaps[kx] + d * load(source + (kx - P) * wide(C), ok, ACC),)
+            xs = xs + (load(source + (kx - P) * wide(C), ok, ACC),)
+        added = ()
+        for ky in tl.static_range(K):
+            for kx in tl.static_range(K):
+                added = added + (dtaps[ky * K + kx] + xs[kx] * ds[K - 1 - ky],)
         dtaps = added
+        kept = ()
+        for j in tl.static_range(1, K):
+            kept = kept + (ds[j],)
+        ds = kept
     out = part + row_offset(stream, (K * K + 1)) * C + c
-    for kx in tl.static_range(K):
-        tl.store(out + row_offset(ky * K + kx, C), tl.sum(dtaps[kx], axis=0), mask=c < C)
-    tl.store(out + K * K * wide(C), tl.sum(bias_sum, axis=0), mask=(c < C) & (ky == 0))
+    for t in tl.static_range(K * K):
+        tl.store(out + t * wide(C), tl.sum(dtaps[t], axis=0), mask=c < C)
+    tl.store(out + K * K * wide(C), tl.sum(bias_sum, axis=0), mask=c < C)
 
 
 def _grid(x: Tensor, tile: DepthwiseTile) -> tuple[int, int, int]:
@@ -230,7 +245,8 @@ def _forward(
         x, weight, bias, dy, y, c, h, w, *blocks,
         K=k, BIAS=bias is not None, EPILOGUE=epilogue, FLIP=flip,
         HEIGHT=tile.height, WIDTH=tile.width, CHANNELS=tile.channels, ACC=acc_triton(x.dtype),
-        num_warps=tile.warps,
+        # the slope of GELU takes registers that 7x7 does not have to spare
+        num_warps=tile.warps, maxnreg=None if epilogue == "dz" else tile.maxnreg,
     )  # fmt: skip
     return y
 
@@ -265,8 +281,8 @@ def depthwise_backward(
     else:
         dx = _forward(dz, weight, None, None, "none", flip=True)
         launch(
-            _depthwise_bwd_weight_kernel, streams * blocks[2] * k,
-            dz, x, part, c, h, w, *blocks, **shape, num_warps=tile.warps,
+            _depthwise_bwd_weight_kernel, streams * blocks[2],
+            dz, x, part, c, h, w, *blocks, **shape, num_warps=tile.warps, maxnreg=tile.maxnreg,
         )  # fmt: skip
     sums = part.sum(0)
     return dx, sums[: k * k].t().reshape(c, 1, k, k).contiguous(), sums[k * k].clone()

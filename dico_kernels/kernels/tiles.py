@@ -40,12 +40,13 @@ class BandTile:
 
 @dataclass(frozen=True)
 class DepthwiseTile:
-    """A program streams `height` image rows, `width` pixels by `channels` at a time."""
+    """A program streams `height` image rows, `width` pixels by `channels` at a time; `maxnreg` limits a thread."""
 
     height: int
     width: int
     channels: int
     warps: int
+    maxnreg: int | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,10 @@ def band_tile(c: int, hw: int) -> BandTile:
 _STREAM = 32
 
 
+# Two programs of 8 warps, or four of 4, are 16 warps a multiprocessor; a register more, and the second does not fit.
+_TWO_PROGRAMS = 128
+
+
 def depthwise_tile(k: int, c: int, w: int, dtype: torch.dtype) -> DepthwiseTile:
     """The forward pass: k accumulators and k * k taps live in registers."""
     # 32 divides DiCo's 416 and 352 and is a 64-byte run of bf16.
@@ -104,17 +109,22 @@ def depthwise_tile(k: int, c: int, w: int, dtype: torch.dtype) -> DepthwiseTile:
     # Each channel that a thread owns costs it k * k taps: at most 8 elements a thread for 3x3, 2 for the larger.
     per_thread = (8 if k <= 3 else 2) // (2 if dtype == torch.float64 else 1)
     warps = min(max(pow2(width * channels // (32 * per_thread)), 1), 8)
-    return DepthwiseTile(_STREAM, width, channels, warps)
+    # 7x7 takes some 154 registers by itself. Held to the limit it reads one of them back in each row, of 175
+    # instructions; 9x9 would a hundred.
+    limited = k == 7 and dtype != torch.float64
+    return DepthwiseTile(_STREAM, width, channels, warps, _TWO_PROGRAMS if limited else None)
 
 
 def depthwise_backward_tile(k: int, c: int, w: int, dtype: torch.dtype) -> DepthwiseTile:
-    """Weight gradient: k * k accumulators (k <= 3, with dx in the same pass), or k a program."""
+    """Weight gradient: k * k accumulators, for k <= 3 with dx in the same pass."""
     channels = min(pow2(c), 32)
-    width = min(pow2(w), 16)
-    # 18 tiles are live for k = 3: 4 elements a thread make that 72 registers.
-    per_thread = 2 if dtype == torch.float64 else 4
+    width = min(pow2(w), 8 if k > 3 and dtype == torch.float64 else 16)
+    # 18 tiles are live for k = 3: 4 elements a thread make that 72 registers. The larger have k * k + k, 56 for k = 7:
+    # 2 elements a thread, and in the limit 8 of a row's 206 instructions move what did not fit.
+    per_thread = (4 if k <= 3 else 2) // (2 if dtype == torch.float64 else 1)
     warps = min(max(pow2(width * channels // (32 * per_thread)), 1), 8)
-    return DepthwiseTile(_STREAM, width, channels, warps)
+    limited = k == 7 and dtype != torch.float64
+    return DepthwiseTile(_STREAM, width, channels, warps, _TWO_PROGRAMS if limited else None)
 
 
 def gemm_tile(m: int, n: int, k: int, dtype: torch.dtype) -> GemmTile:

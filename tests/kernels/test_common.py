@@ -136,6 +136,28 @@ def test_a_forward_row_of_moderate_width_is_one_warps(c):
     assert tile.rows * tile.cols <= 1024
 
 
+@pytest.mark.parametrize("w", [8, 32])
+def test_two_programs_of_7x7_share_a_multiprocessor(w):
+    for rule in (tiles.depthwise_tile, tiles.depthwise_backward_tile):
+        tile = rule(7, 512, w, torch.bfloat16)
+        assert 16 * 32 * tile.maxnreg <= 65536
+        assert 16 % tile.warps == 0
+        assert rule(7, 512, w, torch.float64).maxnreg is rule(9, 512, w, torch.float32).maxnreg is None
+
+
+@pytest.mark.parametrize(("hip", "options"), [(None, {"maxnreg": 128}), ("6.2", {})])
+def test_registers_are_limited_where_the_compiler_can(hip, options, monkeypatch):
+    seen = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **given: seen.append(given)
+
+    monkeypatch.setattr(torch.version, "hip", hip)
+    common.launch(Kernel(), 1, torch.ones(1), num_warps=4, maxnreg=128)
+    assert seen == [{"num_warps": 4, "num_stages": 3, **options}]
+
+
 @pytest.mark.parametrize(("setting", "expected"), [("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")])
 def test_float32_products_follow_torchs_setting(setting, expected):
     before = torch.get_float32_matmul_precision()
