@@ -237,7 +237,7 @@ def _forward(
 ) -> Tensor:
     n, c, h, w = x.shape
     k = weight.shape[-1]
-    tile = depthwise_tile(k, c, w, x.dtype)
+    tile = depthwise_tile(n, c, h, w, k, x.dtype)
     blocks = _grid(x, tile)
     y = empty_image(n, c, h, w, like=x)
     launch(
@@ -267,7 +267,7 @@ def depthwise_backward(
     n, c, h, w = x.shape
     k = weight.shape[-1]
     dz = _forward(x, weight, bias, dy, "dz") if gelu else dy
-    tile = depthwise_backward_tile(k, c, w, x.dtype)
+    tile = depthwise_backward_tile(c, w, k, x.dtype)
     blocks = _grid(x, tile)
     streams = n * blocks[0] * blocks[1]
     part = empty_acc(streams, k * k + 1, c, like=x)

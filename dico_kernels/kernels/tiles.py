@@ -1,8 +1,8 @@
 """Tile shapes and warps by rule, from shapes and types alone: no timing at first call, the same result every run.
 
 A thread should hold some 8 to 16 elements of each tensor: enough loads in flight to cover memory latency, few enough
-to stay out of spills. Partitions depend on the shape of one sample only, never on the batch, so a sample's sums have
-the same bits in any batch; `pointwise_tile` is the exception: a small batch gets smaller tiles, and the sums and row
+to stay out of spills. Sums are partitioned by the shape of one sample only, never by the batch, so a sample's have the
+same bits in any batch; `pointwise_tile` is the exception: a small batch gets smaller tiles, and the sums and row
 statistics that its epilogue writes are added up in another order.
 """
 
@@ -95,27 +95,36 @@ def band_tile(c: int, hw: int) -> BandTile:
 # Rows that one program streams, fewer where the image ends: 3x3 then reads 6% of its rows twice, and images of 32 rows
 # and fewer, most of a latent model's, none.
 _STREAM = 32
+# Warps below which a GPU waits for memory rather than for instructions: 12 for each of an H100's 132 multiprocessors.
+_BUSY = 1600
 
 
 # Two programs of 8 warps, or four of 4, are 16 warps a multiprocessor; a register more, and the second does not fit.
 _TWO_PROGRAMS = 128
 
 
-def depthwise_tile(k: int, c: int, w: int, dtype: torch.dtype) -> DepthwiseTile:
-    """The forward pass: k accumulators and k * k taps live in registers."""
+def depthwise_tile(n: int, c: int, h: int, w: int, k: int, dtype: torch.dtype) -> DepthwiseTile:
+    """The forward pass: k accumulators and k * k taps live in registers.
+
+    A program's time is that of the rows it walks down, height + k - 1. So small batches get less height, half as often
+    as there are not enough warps, though that reads more rows twice; the bits of a pixel do not depend on it.
+    """
     # 32 divides DiCo's 416 and 352 and is a 64-byte run of bf16.
     channels = min(pow2(c), 32)
     width = min(pow2(w), 32 if k <= 3 else 16 if dtype != torch.float64 else 8)
     # Each channel that a thread owns costs it k * k taps: at most 8 elements a thread for 3x3, 2 for the larger.
     per_thread = (8 if k <= 3 else 2) // (2 if dtype == torch.float64 else 1)
     warps = min(max(pow2(width * channels // (32 * per_thread)), 1), 8)
+    height = _STREAM
+    while height > 2 and warps * n * -(-c // channels) * -(-w // width) * -(-h // height) < _BUSY:
+        height //= 2
     # 7x7 takes some 154 registers by itself. Held to the limit it reads one of them back in each row, of 175
     # instructions; 9x9 would a hundred.
     limited = k == 7 and dtype != torch.float64
-    return DepthwiseTile(_STREAM, width, channels, warps, _TWO_PROGRAMS if limited else None)
+    return DepthwiseTile(height, width, channels, warps, _TWO_PROGRAMS if limited else None)
 
 
-def depthwise_backward_tile(k: int, c: int, w: int, dtype: torch.dtype) -> DepthwiseTile:
+def depthwise_backward_tile(c: int, w: int, k: int, dtype: torch.dtype) -> DepthwiseTile:
     """Weight gradient: k * k accumulators, for k <= 3 with dx in the same pass."""
     channels = min(pow2(c), 32)
     width = min(pow2(w), 8 if k > 3 and dtype == torch.float64 else 16)

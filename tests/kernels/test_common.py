@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import triton
@@ -138,11 +140,17 @@ def test_a_forward_row_of_moderate_width_is_one_warps(c):
 
 @pytest.mark.parametrize("w", [8, 32])
 def test_two_programs_of_7x7_share_a_multiprocessor(w):
-    for rule in (tiles.depthwise_tile, tiles.depthwise_backward_tile):
-        tile = rule(7, 512, w, torch.bfloat16)
+    for rule in (partial(tiles.depthwise_tile, 64, 512, w, w), partial(tiles.depthwise_backward_tile, 512, w)):
+        tile = rule(7, torch.bfloat16)
         assert 16 * 32 * tile.maxnreg <= 65536
         assert 16 % tile.warps == 0
-        assert rule(7, 512, w, torch.float64).maxnreg is rule(9, 512, w, torch.float32).maxnreg is None
+        assert rule(7, torch.float64).maxnreg is rule(9, torch.float32).maxnreg is None
+
+
+def test_small_batches_of_depthwise_get_short_programs():
+    """Else one image of DiCo's first level would be 13 programs, for over a hundred multiprocessors."""
+    heights = [tiles.depthwise_tile(n, 416, 32, 32, 3, torch.bfloat16).height for n in (1, 8, 16, 64)]
+    assert heights == [2, 8, 16, 32]
 
 
 @pytest.mark.parametrize(("hip", "options"), [(None, {"maxnreg": 128}), ("6.2", {})])

@@ -87,6 +87,22 @@ def test_seams_between_tiles(k, random, agree, monkeypatch):
     compare((1, 3, 5, 6), k, torch.float32, True, random, agree)
 
 
+@pytest.mark.parametrize("k", [3, 7])
+def test_height_does_not_change_the_bits(k, random, monkeypatch):
+    """It follows the batch, and a sample's result must not."""
+    rule = kernels.depthwise_tile
+    x = random((2, 3, 9, 5), torch.float32)
+    weight, bias = random((3, 1, k, k), torch.float32).contiguous(), random((3,), torch.float32)
+    results = []
+    for height in (2, 4, 32):
+        monkeypatch.setattr(
+            kernels, "depthwise_tile", lambda *args, height=height: dataclasses.replace(rule(*args), height=height)
+        )
+        results.append(kernels.depthwise(x, weight, bias, True))
+    assert torch.equal(results[0], results[2])
+    assert torch.equal(results[1], results[2])
+
+
 @pytest.mark.parametrize("k", [3, 5])
 def test_same_bits_every_time(k, random, repeats):
     x, dy = random((2, 3, 4, 5), torch.float32), random((2, 3, 4, 5), torch.float32)
