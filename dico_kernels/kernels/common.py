@@ -220,8 +220,9 @@ def launch(
         return
     x = args[0]
     assert isinstance(x, Tensor)
-    # Triton launches on the current device, which need not be the tensor's.
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+    # Triton launches on the current device, which need not be the tensor's; to ask is cheaper than to set it.
+    elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
+    with torch.cuda.device(x.device) if elsewhere else contextlib.nullcontext():
         # AMD's compiler has no such option, and Triton refuses what a compiler does not know
         options = {} if maxnreg is None or torch.version.hip is not None else {"maxnreg": maxnreg}
         kernel[(programs,)](*args, **constants, **options, num_warps=num_warps, num_stages=num_stages)

@@ -4,11 +4,14 @@ A thread should hold some 8 to 16 elements of each tensor: enough loads in fligh
 to stay out of spills. Sums are partitioned by the shape of one sample only, never by the batch, so a sample's have the
 same bits in any batch; `pointwise_tile` is the exception: a small batch gets smaller tiles, and the sums and row
 statistics that its epilogue writes are added up in another order.
+
+The rules are remembered: in an eager step of a small batch the GPU waits for Python.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -65,6 +68,7 @@ def _span(hw: int) -> int:
     return min(max(pow2(hw // 16), 8), 64)
 
 
+@cache
 def row_tile(c: int, hw: int, tensors: int) -> RowTile:
     """Rows for LayerNorm: a row has to be in one program; `tensors` is how many tiles are live at once."""
     cols = pow2(c)
@@ -84,6 +88,7 @@ def row_tile(c: int, hw: int, tensors: int) -> RowTile:
     return RowTile(rows, cols, max(_span(hw), rows), warps)
 
 
+@cache
 def band_tile(c: int, hw: int) -> BandTile:
     """Rows by channels for sums over pixels and for elementwise work: no row has to be whole."""
     # 64 channels of bf16 are a full 128-byte line; no more than C needs when C is small.
@@ -103,6 +108,7 @@ _BUSY = 1600
 _TWO_PROGRAMS = 128
 
 
+@cache
 def depthwise_tile(n: int, c: int, h: int, w: int, k: int, dtype: torch.dtype) -> DepthwiseTile:
     """The forward pass: k accumulators and k * k taps live in registers.
 
@@ -124,6 +130,7 @@ def depthwise_tile(n: int, c: int, h: int, w: int, k: int, dtype: torch.dtype) -
     return DepthwiseTile(height, width, channels, warps, _TWO_PROGRAMS if limited else None)
 
 
+@cache
 def depthwise_backward_tile(c: int, w: int, k: int, dtype: torch.dtype) -> DepthwiseTile:
     """Weight gradient: k * k accumulators, for k <= 3 with dx in the same pass."""
     channels = min(pow2(c), 32)
@@ -136,6 +143,7 @@ def depthwise_backward_tile(c: int, w: int, k: int, dtype: torch.dtype) -> Depth
     return DepthwiseTile(_STREAM, width, channels, warps, _TWO_PROGRAMS if limited else None)
 
 
+@cache
 def gemm_tile(m: int, n: int, k: int, dtype: torch.dtype) -> GemmTile:
     """A matrix product of m x k and k x n; each side at least 16, which tl.dot needs."""
     side_m, side_n = min(max(pow2(m), 16), 128), min(max(pow2(n), 16), 128)
@@ -170,6 +178,7 @@ class PointwiseTile:
 _FILL = 128
 
 
+@cache
 def pointwise_tile(m: int, n: int, k: int, dtype: torch.dtype, capability: int, heavy: bool) -> PointwiseTile:
     """A 1x1 convolution of m pixels, k to n channels; heavy: LayerNorm's prologue, GELU, or vectors of
     more than one sample a tile want registers.

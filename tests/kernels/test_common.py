@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
 
 import pytest
@@ -151,6 +152,23 @@ def test_small_batches_of_depthwise_get_short_programs():
     """Else one image of DiCo's first level would be 13 programs, for over a hundred multiprocessors."""
     heights = [tiles.depthwise_tile(n, 416, 32, 32, 3, torch.bfloat16).height for n in (1, 8, 16, 64)]
     assert heights == [2, 8, 16, 32]
+
+
+@pytest.mark.parametrize(("current", "entered"), [(1, []), (0, [torch.device("cuda", 1)])])
+def test_launches_go_to_the_tensors_device(current, entered, monkeypatch):
+    class OnSecond(torch.Tensor):
+        is_cuda = True
+        device = torch.device("cuda", 1)
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **given: launched.append(list(seen))
+
+    launched, seen = [], []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: seen.append(device) or contextlib.nullcontext())
+    common.launch(Kernel(), 1, torch.ones(1).as_subclass(OnSecond), num_warps=4)
+    assert launched == [entered]
 
 
 @pytest.mark.parametrize(("hip", "options"), [(None, {"maxnreg": 128}), ("6.2", {})])

@@ -19,11 +19,14 @@ EPS = 1e-6
 
 @pytest.fixture(autouse=True)
 def _exact_products_in_large_tiles(monkeypatch):
+    # the rule remembers what it answered
+    tiles.pointwise_tile.cache_clear()
     monkeypatch.setattr(tiles, "_FILL", 0)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     yield
     torch.set_float32_matmul_precision(before)
+    tiles.pointwise_tile.cache_clear()
 
 
 def use(capability, monkeypatch, device):
