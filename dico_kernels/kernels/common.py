@@ -53,6 +53,8 @@ def widened(x, ACC: tl.constexpr):
 @triton.jit
 def load(ptr, mask, ACC: tl.constexpr):
     """A masked load as ACC; zero outside the mask."""
+    if INTERPRET:
+        mask = mask != 0
     return widened(tl.load(ptr, mask=mask, other=0.0), ACC)
 
 
@@ -61,6 +63,8 @@ def store(ptr, x, mask):
     """A masked store, rounded to nearest even."""
     out: tl.constexpr = ptr.dtype.element_ty
     if INTERPRET:
+        # It makes integers of a mask that meets a scalar, and from 3.9 on takes no integers for a mask.
+        mask = mask != 0
         if out == tl.bfloat16:
             x = bf16_bits(x).to(tl.bfloat16, bitcast=True)
     tl.store(ptr, x.to(out), mask=mask)

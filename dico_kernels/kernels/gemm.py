@@ -151,8 +151,8 @@ def _gemm_fwd_kernel(
     if PROLOGUE == "norm":
         if PART > 0:
             mean, rstd = _combined(mean_in, m, mmask, M, K, PART, EPS, ACC)
-            tl.store(mean_out + m, mean, mask=mmask & (col_block == 0))
-            tl.store(rstd_out + m, rstd, mask=mmask & (col_block == 0))
+            store(mean_out + m, mean, mmask & (col_block == 0))
+            store(rstd_out + m, rstd, mmask & (col_block == 0))
         else:
             mean = tl.load(mean_in + m, mask=mmask, other=0.0)
             rstd = tl.load(rstd_in + m, mask=mmask, other=0.0)
