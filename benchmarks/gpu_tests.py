@@ -22,6 +22,7 @@ TESTS = (
     "tests/ops/test_numerics.py",
     "tests/ops/test_branches.py",
     "tests/test_sampling.py",
+    "tests/test_graphs.py",
     "tests/cuda",
 )
 # The CPU's backends are tested elsewhere; so is what takes long and has nothing of a GPU.
