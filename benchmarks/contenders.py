@@ -21,7 +21,7 @@ from dico_kernels.reference.base import Denoiser
 from dico_kernels.reference.dico import DiCoBlock
 from dico_kernels.reference.dit import Attention, adaln_tokens
 from dico_kernels.reference.macs import count_macs, count_macs_by_op
-from dico_kernels.reference.weights import fill_
+from dico_kernels.reference.weights import fill_, named_normal
 
 from .harness import Contender, relative_error
 from .limits import bytes_moved
@@ -62,8 +62,7 @@ def _filled_once(name: str, latent: int, device: torch.device) -> Denoiser:
     with device:
         model = create_model(name, fused=False, **overrides).to(device)
     # Large models take a CPU half a minute: on a GPU they are filled there, with that device's numbers.
-    on_gpu = {"normal": functools.partial(_device_normal, device)} if device.type == "cuda" else {}
-    fill_(model, **on_gpu)  # type: ignore[arg-type]
+    fill_(model, normal=functools.partial(_device_normal, device) if device.type == "cuda" else named_normal)
     return model.eval()
 
 

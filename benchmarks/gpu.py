@@ -17,7 +17,7 @@ import torch
 from . import gpu_tests, machine, report
 from .gpu_plan import MINUTES, STAGES, Unit, checked_stages, deadline
 from .gpu_store import Store
-from .gpu_worker import DEVICE_LOST, DeviceLostError, Worker
+from .gpu_worker import DEVICE_LOST, DeviceLostError, Worker, print_line
 from .harness import failed
 from .limits import Ceiling
 from .session import add_ratios
@@ -54,10 +54,6 @@ def _signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _say(line: str) -> None:
-    print(line, flush=True)
-
-
 def _launch(stage: str, path: Path, until: float) -> list[str]:
     module = "dico_kernels.benchmarks.gpu_worker"
     return [sys.executable, "-m", module, "--stage", stage, "--results", str(path), "--deadline", str(until)]
@@ -71,7 +67,7 @@ def run(
     device: str = "cuda",
     plan: dict[str, Sequence[Unit]] | None = None,
     launch: Launch = _launch,
-    say: Callable[[str], None] = _say,
+    say: Callable[[str], None] = print_line,
     **tests: Any,
 ) -> int:
     """Run stages one after the other within ``minutes``, and write gpu.json and report.md into ``out``.

@@ -54,10 +54,7 @@ class _Shard:
         self.start()
 
     def start(self) -> None:
-        done = len(
-            {line["id"] for line in self.lines() if "id" in line} | {x["lost"] for x in self.lines() if "lost" in x}
-        )
-        share = f"{self.index}/{self.count}/{done}/{self.outcomes.resolve()}"
+        share = f"{self.index}/{self.count}/{len(self.ended())}/{self.outcomes.resolve()}"
         environment = {**os.environ, VARIABLE: share, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         options = ["-q", "--tb=short", "-p", "no:cacheprovider", "-p", "dico_kernels.benchmarks.gpu_shard"]
         with self.log.open("ab") as log:
@@ -76,6 +73,10 @@ class _Shard:
                 continue
         return found
 
+    def ended(self) -> set[str]:
+        """Ids of the tests that came to an end, or lost the device or their process."""
+        return {line[key] for line in self.lines() for key in ("id", "lost") if key in line}
+
     def over(self) -> bool:
         """Whether there is nothing left to run."""
         status = self.process.poll()
@@ -87,8 +88,7 @@ class _Shard:
     def bury(self) -> bool:
         """Record the test that took its process down as lost; whether there was one."""
         started = [line["start"] for line in self.lines() if "start" in line]
-        ended = {line["id"] for line in self.lines() if "id" in line} | {x["lost"] for x in self.lines() if "lost" in x}
-        if not started or started[-1] in ended:
+        if not started or started[-1] in self.ended():
             return False
         with self.outcomes.open("a") as file:
             file.write("\n" + json.dumps({"lost": started[-1]}) + "\n")

@@ -36,7 +36,8 @@ class DeviceLostError(RuntimeError):
     """The device takes no more work from this process."""
 
 
-def _say(line: str) -> None:
+def print_line(line: str) -> None:
+    """Print at once, for whoever follows a pipe."""
     print(line, flush=True)
 
 
@@ -62,7 +63,7 @@ class Worker:
         plan: Sequence[Unit] | None = None,
         build: Build | None = None,
         now: Callable[[], float] = time.time,
-        say: Say = _say,
+        say: Say = print_line,
         parent: int | None = None,
     ) -> None:
         self.stage, self.store, self.deadline, self.device, self.now, self.say = (

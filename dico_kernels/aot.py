@@ -205,7 +205,6 @@ def kernels() -> dict[str, Kernel]:
 
 
 def _wanted(kernel: Kernel, target: str) -> bool:
-    # The launcher takes TMA where the device has it; float32 does without.
     constants = kernel.launch.constants
     # What a launcher adds for wgmma's sake is for Hopper alone, and nothing else is for Hopper where it adds that.
     if constants.get("DRAIN"):
@@ -213,6 +212,7 @@ def _wanted(kernel: Kernel, target: str) -> bool:
     in_registers = constants.get("PROLOGUE", "none") != "none"
     if target == "sm_90" and in_registers and (kernel.dtype.itemsize == 2 or constants["PRECISION"] == "tf32"):
         return False
+    # The launcher takes TMA where the device has it; float32 does without.
     tma = constants.get("TMA")
     if kernel.dtype == torch.bfloat16 and tma is not None and tma != (target in ("sm_90", "sm_100")):
         return False

@@ -5,13 +5,12 @@ Images (N, C, H, W) with channels_last memory. Sums in two stages without atomic
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from dico_kernels._gemm import Product
+from dico_kernels._linear import from_rows, linear, rows
 from dico_kernels.kernels import gemm
 from dico_kernels.kernels.adaln import adaln_modulate, gated_residual
 from dico_kernels.kernels.common import (
@@ -128,16 +127,6 @@ def gelu_backward(
     return dx, y, part.sum(1)
 
 
-class Product(NamedTuple):
-    """What `pointwise` returns, as native.Product has it; None for what was not asked for."""
-
-    y: Tensor
-    before: Tensor | None = None
-    mean: Tensor | None = None
-    rstd: Tensor | None = None
-    squares: Tensor | None = None
-
-
 def pointwise(
     x: Tensor,
     weight: Tensor,
@@ -176,9 +165,9 @@ def pointwise(
     # A float32 residual beside 16-bit weights is of another type than the product.
     inside = residual is not None and residual.dtype == x.dtype
     if not (gelu or inside) and s is None:
-        done = gemm.Product(_linear(x, weight, bias), None, None, None, None)
+        y, before, sums = from_rows(linear(rows(x), weight.flatten(1), bias), x), None, None
     else:
-        done = gemm.pointwise(
+        y, before, _, _, sums = gemm.pointwise(
             x,
             weight,
             bias,
@@ -189,20 +178,6 @@ def pointwise(
             residual=residual if inside else None,
             channel="squares" if squares else "none",
         )
-    y = done.y
     if gate is not None and residual is not None and not inside:
         y = gated_residual(residual, y, gate, overwrite=True)
-    return Product(y, done.before_gelu, mean, rstd, done.sums)
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    n, c, h, w = x.shape
-    y = empty_image(n, weight.shape[0], h, w, like=x)
-    matrix = weight.reshape(weight.shape[0], c)
-    rows, out = x.permute(0, 2, 3, 1).reshape(-1, c), y.permute(0, 2, 3, 1).reshape(-1, weight.shape[0])
-    bias = None if bias is None else bias.to(x.dtype)
-    if bias is None:
-        torch.mm(rows, matrix.t(), out=out)
-    else:
-        torch.addmm(bias, rows, matrix.t(), out=out)
-    return y
+    return Product(y, before, mean, rstd, sums)
