@@ -6,7 +6,6 @@ import json
 import statistics
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,13 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dico_kernels import _timing
+
 # A timed sample on a GPU lasts at least this long, so that launching it costs nothing that shows; on a CPU a sample
 # is one call unless a call is shorter than a clock can be trusted with.
 _GPU_SAMPLE_S = 0.05
 _CPU_SAMPLE_S = 0.005
 # Of a sample whose calls are queued before the device begins: a queue holds some thousand launches.
 _QUEUED_CALLS = 20
-_CLOCK_HZ = 2.0e9  # above any GPU's: waiting is counted in its cycles
 
 
 @dataclass
@@ -125,15 +125,15 @@ def interleave(
     def warm_up(name: str) -> None:
         contender = contenders[name]
         contender.run(0)
-        calls[name] = max(1, round(target / _sample(contender, 1, 0, device)))
+        calls[name] = max(1, round(target / _timing.sample(contender.run, 1, 0, device)))
         if queued:
-            calls[name], found[name].host_s = _to_queue(contender, min(calls[name], _QUEUED_CALLS), device)
+            calls[name], found[name].host_s = _timing.to_queue(contender.run, min(calls[name], _QUEUED_CALLS), device)
         if not contender.graphed:
             found[name].peak_bytes = peak_bytes(lambda: contender.run(0), device)
 
     def sample(name: str, index: int) -> None:
-        hold = _hold_s(calls[name], found[name].host_s)
-        seconds = _sample(contenders[name], calls[name], index * calls[name], device, hold)
+        hold = _timing.hold_s(calls[name], found[name].host_s)
+        seconds = _timing.sample(contenders[name].run, calls[name], index * calls[name], device, hold)
         found[name].samples.append(seconds / calls[name])
 
     for name in contenders:
@@ -144,51 +144,6 @@ def interleave(
         for name in names[shift:] + names[:shift]:
             attempt(name, lambda n=name, i=index: sample(n, i))  # type: ignore[misc]
     return found
-
-
-def _sample(contender: Contender, calls: int, first: int, device: torch.device, hold_s: float = 0) -> float:
-    """Seconds that ``calls`` calls take together: by CUDA events on a GPU, by the clock on a CPU."""
-    if device.type == "cuda":
-        return _on_gpu(contender, calls, first, device, hold_s)[0]
-    start = time.perf_counter()
-    for i in range(calls):
-        contender.run(first + i)
-    return time.perf_counter() - start
-
-
-def _on_gpu(
-    contender: Contender, calls: int, first: int, device: torch.device, hold_s: float
-) -> tuple[float, float, bool]:
-    """(the device's seconds, the caller's, whether the device waited for nobody), the device held at first."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    torch.cuda.synchronize(device)
-    if hold_s:
-        torch.cuda._sleep(int(hold_s * _CLOCK_HZ))  # type: ignore[no-untyped-call]
-    begin.record()
-    start = time.perf_counter()
-    for i in range(calls):
-        contender.run(first + i)
-    host = time.perf_counter() - start
-    ahead = not begin.query()  # type: ignore[no-untyped-call]
-    end.record()
-    end.synchronize()
-    return float(begin.elapsed_time(end)) / 1e3, host, ahead
-
-
-def _hold_s(calls: int, host_s: float | None) -> float:
-    """How long to hold the device back while calls are queued, with room for a slow moment."""
-    return 1.5 * calls * host_s + 1e-4 if host_s else 0
-
-
-def _to_queue(contender: Contender, calls: int, device: torch.device) -> tuple[int, float]:
-    """(calls that can be queued at once, seconds that one takes its caller).
-
-    Fewer than asked for where the queue is full before: the caller then waits for a device that waits for it.
-    """
-    host = min(_on_gpu(contender, 1, 0, device, 0)[1] for _ in range(3))
-    while calls > 1 and not _on_gpu(contender, calls, 0, device, _hold_s(calls, host))[2]:
-        calls //= 2
-    return calls, host
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:

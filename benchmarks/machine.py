@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
-import platform
 import re
 import subprocess
 from pathlib import Path
@@ -13,8 +11,8 @@ from typing import Any
 
 import torch
 
-import dico_kernels
 from dico_kernels import build_info
+from dico_kernels.info import cpu_name, source
 
 
 def _output(*command: str) -> str | None:
@@ -28,28 +26,11 @@ def _output(*command: str) -> str | None:
     return done.stdout.strip().splitlines()[0] if done.stdout.strip() else None
 
 
-def _cpu_name() -> str:
-    try:
-        match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        match = None
-    return match.group(1).strip() if match else platform.processor() or platform.machine()
-
-
 def _commit() -> str | None:
     head = _output("git", "rev-parse", "--short=12", "HEAD")
     if head is None:
         return None
     return head + ("+changes" if _output("git", "status", "--porcelain", "--untracked-files=no") else "")
-
-
-def source() -> str:
-    """A digest of the package's Python, for where there is no commit or it is not all: changes are another source."""
-    digest = hashlib.sha256()
-    root = Path(dico_kernels.__file__).parent
-    for path in sorted(root.rglob("*.py")):
-        digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 def device() -> torch.device:
@@ -61,7 +42,7 @@ def describe() -> dict[str, Any]:
     """A dictionary of JSON types that identifies the machine and the software."""
     where = device()
     found: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(where) if where.type == "cuda" else _cpu_name(),
+        "device": torch.cuda.get_device_name(where) if where.type == "cuda" else cpu_name(),
         "kind": where.type,
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),

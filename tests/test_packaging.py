@@ -20,7 +20,7 @@ from dico_kernels.fatbin import device_code
 
 # Imports run one way; a floor knows only the floors before it. (info and the first floor are read by all.)
 TOWER = [
-    {"version", "fatbin", "dtypes", "_linear", "_graphs", "_sass"},
+    {"version", "fatbin", "dtypes", "_linear", "_graphs", "_sass", "_timing"},
     {"_memory", "_packed"},
     {"_extension"},
     {"_gemm"},
@@ -32,7 +32,7 @@ TOWER = [
     {"_probe"},
     {"fuse", "packing"},
     {"explain"},
-    {"models", "checkpoints", "sampling", "training"},
+    {"models", "checkpoints", "sampling", "training", "tuning"},
     {"__init__"},
     {"benchmarks", "aot"},
     {"cli"},

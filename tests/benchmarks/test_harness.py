@@ -8,6 +8,7 @@ import pytest
 import torch
 from support import rel_rms
 
+from dico_kernels import _timing
 from dico_kernels.benchmarks import contenders, harness, presets
 from dico_kernels.benchmarks.harness import Contender, describe_failure, interleave, peak_bytes, relative_error
 from dico_kernels.benchmarks.limits import Ceiling
@@ -77,7 +78,7 @@ class Device:
         self.ends, self.queue = [], queue
         for name in ("Event", "synchronize", "_sleep"):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
-        monkeypatch.setattr(harness.time, "perf_counter", lambda: self.host)
+        monkeypatch.setattr(_timing.time, "perf_counter", lambda: self.host)
         monkeypatch.setattr(harness, "peak_bytes", lambda run, device: 0)
 
     def enqueue(self, seconds):
