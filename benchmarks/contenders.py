@@ -7,7 +7,7 @@ import functools
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dico_kernels import GraphRunner, backend, create_model, fuse, pack
+from dico_kernels import GraphRunner, backend, create_model, fuse, pack, tune
+from dico_kernels.ops._tuning import ignored
 from dico_kernels.reference import functional as reference
 from dico_kernels.reference.base import Denoiser
 from dico_kernels.reference.dico import DiCoBlock
@@ -156,15 +157,21 @@ def frozen(freeze: bool) -> Iterator[None]:
         config.freezing = before
 
 
+# Who multiplies in a fused contender's branches: the rule, whatever was measured; what is named; or what tune finds.
+_PRODUCTS = {"fused": "rule", "fused_mixed": "mixed", "fused_tuned": "tuned"}
+
+
 def model_contender(arena: ModelArena, name: str, how: str, device: torch.device) -> Contender:
     """A model of an arena, ready to run one inference call or training step.
 
     ``how``: eager, channels_last, fused (dico_kernels.fuse), each of them with ``_graph`` (a GraphRunner's CUDA graph);
-    fused_mixed (with products="mixed"); packed (fused, and dico_kernels.pack); compile (max-autotune on a GPU, weights
-    frozen on a CPU), compile_default, compile_linear, compile_flash, compile_cudnn.
+    fused_mixed (with products="mixed"), fused_tuned (after dico_kernels.tune, whose seconds stand for compiling's);
+    packed (fused, and dico_kernels.pack); compile (max-autotune on a GPU, weights frozen on a CPU), compile_default,
+    compile_linear, compile_flash, compile_cudnn.
     """
     graphed, how = how.endswith("_graph"), how.removesuffix("_graph")
-    products, how = "mixed" if how.endswith("_mixed") else "auto", how.removesuffix("_mixed")
+    products = _PRODUCTS.get(how)
+    how = "fused" if products else how
     source = _filled(name, arena.resolution // 8, device)
     training, dtype = arena.mode == "training", DTYPES[arena.dtype]
     model: nn.Module = copy.deepcopy(source)
@@ -190,7 +197,7 @@ def model_contender(arena: ModelArena, name: str, how: str, device: torch.device
     forward: Any = compiled(model, device, how == "compile_default") if how.startswith("compile") else model
     runner = forward = GraphRunner(model) if graphed else forward
     freeze = how == "compile" and device.type == "cpu" and not training
-    guards = functools.partial(_guards, arena.dtype, training, device, freeze, products if how == "fused" else None)
+    guards = functools.partial(_guards, arena.dtype, training, device, freeze, products)
     step = _training_step(forward, model, source.out_channels, guards) if training else None
 
     def run(i: int) -> Tensor:
@@ -201,7 +208,7 @@ def model_contender(arena: ModelArena, name: str, how: str, device: torch.device
             out: Tensor = forward(*inputs)
         return out
 
-    first = timed(lambda: run(0), device)
+    first = timed(lambda: tune(run, 0, keep=False) if products == "tuned" else run(0), device)
     if graphed and (refused := [row.reason for row in runner.explain() if row.how != "graph"]):
         raise RuntimeError(f"no CUDA graph: {refused[0]}")
     side = arena.resolution // 8
@@ -211,7 +218,7 @@ def model_contender(arena: ModelArena, name: str, how: str, device: torch.device
         error = relative_error(run(0)[:count], _truth(name, side, arena.batch, count, device))
     return Contender(
         run,
-        compile_s=first if how.startswith("compile") else None,
+        compile_s=first if how.startswith("compile") or products == "tuned" else None,
         error=error,
         macs=None if training else count_macs(source, side, side, arena.batch),
         moved=None if training else bytes_moved(source, side, side, arena.batch, weights.itemsize),
@@ -221,12 +228,14 @@ def model_contender(arena: ModelArena, name: str, how: str, device: torch.device
 
 @contextmanager
 def _guards(dtype: str, training: bool, device: torch.device, freeze: bool, products: str | None) -> Iterator[None]:
-    """The flags and contexts that a contender's calls run under. ``products``: of a fused model, who multiplies."""
+    """The flags and contexts that a contender's calls run under. ``products``: of a fused model, see _PRODUCTS."""
     with ExitStack() as stack:
         stack.enter_context(precision(dtype))
         stack.enter_context(frozen(freeze))
         if products:  # on a GPU strictly: what fell back to plain PyTorch is no measurement of this package
-            stack.enter_context(backend("auto", strict=device.type == "cuda", products=products))
+            named = "auto" if products in ("rule", "tuned") else products
+            stack.enter_context(backend("auto", strict=device.type == "cuda", products=named))
+            stack.enter_context(nullcontext() if products == "tuned" else ignored())
         if training and dtype == "bf16":
             stack.enter_context(torch.autocast(device.type, torch.bfloat16))
         yield

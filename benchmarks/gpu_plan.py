@@ -16,6 +16,7 @@ CEILINGS = ("bf16", "fp16", "tf32")
 _KERNEL_S = 3.0
 _MODEL_S = {"XL": 12.0, "S": 6.0}
 _COMPILE_S = {"XL": 75.0, "S": 40.0}
+_TUNE_S = {"XL": 40.0, "S": 30.0}
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Unit:
         """What to expect of a row before it is begun. ``slowest``: of the kernels' rows so far."""
         if self.stage == "kernels":
             return max(_KERNEL_S, slowest)
-        table = _COMPILE_S if row[1].startswith("compile") else _MODEL_S
+        table = _COMPILE_S if row[1].startswith("compile") else _TUNE_S if "tuned" in row[1] else _MODEL_S
         return table.get(self.arena.scale, table["XL"])
 
 
@@ -94,18 +95,18 @@ def model_units() -> list[Unit]:
         scale: str, resolution: int, batch: int, dico: Sequence[str], dit: Sequence[str], mode: str = "inference"
     ) -> Unit:
         rows = [(f"DiCo-{scale}", c) for c in dico] + [(f"DiT-{scale}/2", c) for c in dit]
-        rows.sort(key=lambda row: row[1].startswith("compile"))
+        rows.sort(key=lambda row: (row[1].startswith("compile"), "tuned" in row[1]))
         compiled = any(how.startswith("compile") for _, how in rows)
         return Unit("models", ModelArena(scale, resolution, batch, "bf16", mode, compiled), tuple(rows))
 
     fused = "fused", "fused_mixed"
     graphs = "fused_graph", "fused_mixed_graph"
-    plain = ("channels_last", *fused, *graphs), ("eager",)
-    single = ("channels_last", "channels_last_graph", *fused, *graphs), ("eager", "eager_graph")
+    plain = ("channels_last", *fused, *graphs, "fused_tuned"), ("eager",)
+    single = ("channels_last", "channels_last_graph", *fused, *graphs, "fused_tuned_graph"), ("eager", "eager_graph")
     compiled = (*fused, "compile_default"), ("compile_default",)
     return [
         unit("XL", 256, 64, *plain),
-        unit("XL", 256, 32, ("channels_last", *fused), ("eager",), "training"),
+        unit("XL", 256, 32, ("channels_last", *fused, "fused_tuned"), ("eager",), "training"),
         unit("XL", 256, 1, *single),
         unit("XL", 512, 64, *plain),
         unit("S", 256, 64, *plain),

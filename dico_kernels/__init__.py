@@ -9,6 +9,7 @@ from dico_kernels.models import create_model, model_names
 from dico_kernels.ops._backends import BackendError, backend
 from dico_kernels.packing import pack, unpack
 from dico_kernels.sampling import GraphRunner
+from dico_kernels.tuning import tune, untune
 from dico_kernels.version import __version__
 
 __all__ = [
@@ -26,6 +27,8 @@ __all__ = [
     "nn",
     "ops",
     "pack",
+    "tune",
     "unfuse",
     "unpack",
+    "untune",
 ]

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from dico_kernels._graphs import CudaGraphs, Graph, Graphs
 from dico_kernels.dtypes import tf32_convolutions, tf32_products
 from dico_kernels.ops._backends import current
+from dico_kernels.ops._tuning import generation
 
 Key = tuple[Any, ...]
 _CONSTANTS = (int, float, bool, str, type(None), torch.dtype, torch.device)
@@ -136,6 +137,7 @@ def _surroundings(device: str) -> Key:
         tf32_convolutions(),
         torch.are_deterministic_algorithms_enabled(),
         current(),
+        generation(),
     )
 
 
@@ -154,7 +156,8 @@ class GraphRunner:
     The first call with inputs of a kind runs the model ``warmup`` times on a side stream, records it once and replays
     that; later calls copy x, t and y into the recorded call's inputs and replay. A kind is every tensor's shape, dtype,
     device and whether it is channels_last, every other argument's value (cfg_scale: a float is part of the recording;
-    give a scale that changes from step to step as a tensor), autocast, the float32 precision flags and dk.backend.
+    give a scale that changes from step to step as a tensor), autocast, the float32 precision flags, dk.backend and
+    what dk.tune chose.
 
     The model runs as it is, with the reason in ``explain()``, where a graph would be wrong or impossible: inputs not on
     a GPU, inputs or weights on several devices, gradients enabled, training mode, inside torch.compile or another

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -174,6 +175,29 @@ def current() -> tuple[str, bool, str]:
     return _SETTING.name, _SETTING.strict, _SETTING.products
 
 
+class _Branch(threading.local):
+    """A thread's exception from the process's choice, while it runs a branch for which another one was measured."""
+
+    products: str | None = None
+
+
+_BRANCH = _Branch()
+
+
+@contextmanager
+def multiplying(products: str | None) -> Iterator[None]:
+    """Within the context, and in this thread, products are chosen so; None changes nothing."""
+    before, _BRANCH.products = _BRANCH.products, products or _BRANCH.products
+    try:
+        yield
+    finally:
+        _BRANCH.products = before
+
+
+def _products() -> str:
+    return _BRANCH.products or _SETTING.products
+
+
 @contextmanager
 def recording(record: Callable[[Choice], None]) -> Iterator[None]:
     """Within the context, every decision is also handed to ``record``."""
@@ -240,9 +264,21 @@ def multiplies_natively(weight: Tensor, x: Tensor | None = None) -> bool:
 
 
 def _is_to_multiply(own: Callable[..., Any] | None, weight: Tensor) -> bool:
-    if own is None or _SETTING.products == "library":
+    if own is None or _products() == "library":
         return False
-    return _SETTING.products != "auto" or (own is native.pointwise and native.multiplies(weight))
+    return _products() != "auto" or (own is native.pointwise and native.multiplies(weight))
+
+
+def owner(x: Tensor) -> str | None:
+    """The backend whose own products could multiply in a branch of x; None where there is only the library."""
+    found = optional("pointwise", x)
+    return None if found is None else "native" if found is native.pointwise else "triton"
+
+
+def usual_products(x: Tensor, weight: Tensor) -> str:
+    """What "auto" takes for a branch of x where nothing was measured."""
+    own = optional("pointwise", x)
+    return "fused" if own is native.pointwise and native.multiplies(weight) else "library"
 
 
 def own_product(x: Tensor, weight: Tensor) -> Callable[..., Any] | None:
@@ -251,8 +287,7 @@ def own_product(x: Tensor, weight: Tensor) -> Callable[..., Any] | None:
     if not _is_to_multiply(found, weight):
         return None
     if _SETTING.record is not None:
-        backend = "native" if found is native.pointwise else "triton"
-        _SETTING.record(Choice("pointwise", tuple(x.shape), weight.dtype, str(x.device), backend, {}))
+        _SETTING.record(Choice("pointwise", tuple(x.shape), weight.dtype, str(x.device), owner(x) or "", {}))
     return found
 
 
@@ -262,7 +297,7 @@ def fused_products(entry: str, x: Tensor, weight: Tensor) -> Callable[..., Any] 
     Raises:
         BackendError: strict, and neither that nor a product of the backend's own can run.
     """
-    if _SETTING.products != "fused":
+    if _products() != "fused":
         return None
     found = None if x.dtype != weight.dtype else optional(entry, x)
     if found is None and _SETTING.strict and optional("pointwise", x) is None:

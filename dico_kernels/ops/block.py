@@ -20,6 +20,7 @@ from dico_kernels.ops import _checks as check
 from dico_kernels.ops import pointwise as pw
 from dico_kernels.ops._backends import fused_products, optional, select
 from dico_kernels.ops._library import only_needed, reduce_to, register
+from dico_kernels.ops._tuning import tunable
 from dico_kernels.ops.cca import attention_gradients, attention_of
 
 # ---- what the branches share ----
@@ -215,7 +216,7 @@ def _conv_gradient(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
 
 _CONV_HALF = register(
     f"conv_half({_CONV}, float eps, bool save) -> ({', '.join(['Tensor'] * 6)})",
-    _conv,
+    tunable("conv_half", _conv, weight=4, save=-1),
     _conv_fake,
     setup_context=_conv_setup,
     backward=_conv_gradient,
@@ -390,7 +391,7 @@ def _ffn_gradient(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
 
 _FFN_HALF = register(
     f"ffn_half({_FFN}, float eps, bool save, bool recompute) -> ({', '.join(['Tensor'] * 4)})",
-    _ffn,
+    tunable("ffn_half", _ffn, weight=4, save=-2),
     _ffn_fake,
     setup_context=_ffn_setup,
     backward=_ffn_gradient,

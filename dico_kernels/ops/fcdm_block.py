@@ -10,6 +10,7 @@ from dico_kernels.ops import _checks as check
 from dico_kernels.ops import pointwise as pw
 from dico_kernels.ops._backends import fused_products, select
 from dico_kernels.ops._library import only_needed, reduce_to, register
+from dico_kernels.ops._tuning import tunable
 from dico_kernels.ops.block import check_stream, nothing, per_sample, refuse_unsaved, statistics, to_save, zeroed
 from dico_kernels.ops.grn import check_parameter, norm_and_scale, row, scale_gradients, scale_of
 
@@ -176,7 +177,7 @@ def _gradient(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
 _FCDM_BLOCK = register(
     f"fcdm_block({_ARGUMENTS}, float ln_eps, float grn_eps, bool save, bool recompute) -> "
     f"({', '.join(['Tensor'] * 5)})",
-    _block,
+    tunable("fcdm_block", _block, weight=6, save=-2),
     _fake,
     setup_context=_setup,
     backward=_gradient,

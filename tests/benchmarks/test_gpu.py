@@ -219,7 +219,7 @@ def test_every_stage_runs_on_the_cpu(tmp_path, small_clone):
             *(op_unit("ffn_half", triton) for _ in triton[:1]),
         ],
         "models": [model_unit(("DiCo-S", "channels_last"), ("DiCo-S", "fused_mixed"), ("DiCo-S", "fused_graph"),
-                              ("DiT-S/2", "eager"))],
+                              ("DiCo-S", "fused_tuned"), ("DiT-S/2", "eager"))],
     }  # fmt: skip
     out = tmp_path / "out"
     status = gpu.run(gpu_plan.STAGES, out, 8, device="cpu", plan=plan, say=lines.append, root=small_clone,
@@ -238,6 +238,8 @@ def test_every_stage_runs_on_the_cpu(tmp_path, small_clone):
     by_contender = {r["contender"]: r for r in result["models"] if not r["failure"]}
     assert by_contender["fused_mixed"]["error"] < 1e-5
     assert by_contender["fused_mixed"]["vs_dit"] > 0
+    assert by_contender["fused_tuned"]["error"] < 1e-5
+    assert by_contender["fused_tuned"]["compile_s"] > 1  # seven rounds of eight branches
     shown = lines[-2]
     assert "conv_half" in shown
     assert "native/library" in shown
