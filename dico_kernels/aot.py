@@ -37,6 +37,7 @@ _EXAMPLES = """examples:
   python -m dico_kernels aot --update                           write what was measured as the new budget
 """
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
+_TYPES[torch.int64] = "i64"
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Result:
 
 def _calls(dtype: torch.dtype, n: int, c: int, size: int) -> Iterator[partial[Any]]:
     """A call of each launcher at width c on n images of size x size."""
-    from dico_kernels.kernels import adaln, channel, depthwise, pixel_shuffle, pointwise
+    from dico_kernels.kernels import adaln, channel, depthwise, pixel_shuffle, pointwise, vectors
 
     acc = accumulation_dtype(dtype)
 
@@ -100,6 +101,11 @@ def _calls(dtype: torch.dtype, n: int, c: int, size: int) -> Iterator[partial[An
     yield partial(channel.channel_dots, x, x)
     yield partial(channel.channel_affine, x, vector)
     yield partial(channel.channel_affine, x, vector, vector, x, vector)
+    # few images, for which these are
+    for few in (1, min(n, 64)):
+        yield partial(vectors.channel_attention, tensor(few, c, dtype=acc), size * size, tensor(c, c), tensor(c))
+        heads = [tensor(6 * c, c)] * 9, [tensor(6 * c)] * 9
+        yield partial(vectors.conditioning, tensor(few, c), *heads)
     yield partial(pointwise.gelu, x, False)
     yield partial(pointwise.gelu, x, True)
     yield partial(pointwise.gelu_backward, x, x, keep=True)
@@ -160,7 +166,7 @@ def _label(launch: Launch, dtype: torch.dtype) -> str:
     constants = [
         name if value is True else f"{name}={value}"
         for name, value in launch.constants.items()
-        if name != "ACC" and value is not False
+        if name not in ("ACC", "TYPE") and value is not False
     ]
     name = launch.kernel.__name__.removeprefix("_").removesuffix("_kernel")
     limit = [] if launch.maxnreg is None else [f"maxnreg={launch.maxnreg}"]

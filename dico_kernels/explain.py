@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from dico_kernels.fuse import Verdict, bypassed, survey
-from dico_kernels.nn._fused import Fused
+from dico_kernels.fuse import Verdict, survey
 from dico_kernels.ops._backends import Choice, recording
 
 
@@ -100,28 +100,25 @@ def _span(run: tuple[str, int, int, Any]) -> str:
     return f"{run[0]}{run[1]}" + (f"-{run[2]}" if run[2] > run[1] else "")
 
 
-def _called(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Submodules whose forward is called: a hook on one that a fused module bypasses would unfuse it."""
-    yield name, module
-    skipped = (
-        bypassed(type(module)) if isinstance(module, Fused) and module.why_unfused(sharded=True) is None else set()
-    )
-    for key, child in module._modules.items():
-        if child is not None and key not in skipped:
-            yield from _called(child, f"{name}.{key}" if name else key)
-
-
 @contextmanager
 def _module_names(model: nn.Module, stack: list[str]) -> Iterator[None]:
-    """Keep the name of the module that is running on top of the stack."""
+    """Keep the name of the module that is running on top of the stack.
 
-    def enter(name: str) -> Any:
-        return lambda *_: stack.append(name)
+    By hooks on all modules there are: one that has a hook of its own is called where it would be bypassed.
+    """
+    names: dict[nn.Module, str] = {}
+    for name, module in model.named_modules():
+        names.setdefault(module, name)
 
-    handles: list[Any] = []
-    for name, module in list(_called(model)):
-        handles.append(module.register_forward_pre_hook(enter(name), prepend=True))
-        handles.append(module.register_forward_hook(lambda *_: stack.pop() and None, always_call=True))
+    def enter(module: nn.Module, *_: Any) -> None:
+        if module in names:
+            stack.append(names[module])
+
+    def leave(module: nn.Module, *_: Any) -> None:
+        if module in names:
+            stack.pop()
+
+    handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
     try:
         yield
     finally:

@@ -120,7 +120,7 @@ def _figure(module: Fused) -> float | None:
     return None if candidate is None or candidate.known else prove(module, candidate, type(module)).figure
 
 
-def bypassed(form: type[nn.Module]) -> set[str]:
+def _bypassed(form: type[nn.Module]) -> set[str]:
     """Names of the children whose forward a fused class does not call."""
     return {*(path[0] for path, *_ in form.fused_layout), *form.fused_joined} if issubclass(form, Fused) else set()
 
@@ -164,7 +164,7 @@ def survey(
     judged, skipped = _judge(module, sharded), set[str]()
     if judged is not None:
         verdict, cls = judged
-        skipped = bypassed(cls or type(module)) if verdict.fits else skipped
+        skipped = _bypassed(cls or type(module)) if verdict.fits else skipped
         yield module, replace(verdict, module=name), cls
     for key, child in module._modules.items():
         if child is not None and key not in skipped:
@@ -260,4 +260,4 @@ def unfuse(model: Model) -> Model:
     return model
 
 
-__all__ = ["Verdict", "bypassed", "fuse", "survey", "unfuse"]
+__all__ = ["Verdict", "fuse", "survey", "unfuse"]

@@ -237,6 +237,19 @@ def acc_triton(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if accumulation_dtype(dtype) == torch.float64 else tl.float32
 
 
+_ELEMENTS = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
+
+def element_triton(dtype: torch.dtype) -> tl.dtype:
+    """A tensor type as Triton names it."""
+    return _ELEMENTS[dtype]
+
+
 def matmul_precision(dtype: torch.dtype) -> str:
     """How dots multiply: float32 as torch's own matmuls are set to; the other types have no choice."""
     return "tf32" if dtype == torch.float32 and tf32_products() else "ieee"

@@ -15,14 +15,17 @@ from dico_kernels.kernels.channel import channel_affine, channel_dots, channel_s
 from dico_kernels.kernels.depthwise import depthwise, depthwise_backward
 from dico_kernels.kernels.pixel_shuffle import pixel_shuffle_skip, pixel_shuffle_skip_backward
 from dico_kernels.kernels.pointwise import gelu, gelu_backward, pointwise
+from dico_kernels.kernels.vectors import channel_attention, conditioning
 
 __all__ = [
     "adaln_modulate",
     "adaln_modulate_backward",
     "adaln_modulate_backward_residual",
     "channel_affine",
+    "channel_attention",
     "channel_dots",
     "channel_sums",
+    "conditioning",
     "conv_half_forward",
     "depthwise",
     "depthwise_backward",

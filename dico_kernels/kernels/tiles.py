@@ -204,3 +204,17 @@ def pointwise_tile(m: int, n: int, k: int, dtype: torch.dtype, capability: int, 
         return PointwiseTile(side_m, side_n, min(pow2(k), 64), warps, 3, 128 if warps == 8 else None, True)
     depth = min(max(pow2(k), 16), 32 if big else 64)
     return PointwiseTile(side_m, side_n, depth, 8 if big else 4, 3)
+
+
+@cache
+def vector_tile(b: int, n: int, k: int, groups: int, dtype: torch.dtype) -> GemmTile:
+    """A product of b vectors of k with `groups` weights of n x k each: as many programs as read memory at its rate."""
+    depth = {2: 128, 4: 32, 8: 16}[dtype.itemsize]
+    # From 64 on Hopper would multiply by wgmma, for no gain here, and with the hazard that kernels/gemm.py describes.
+    m, width = min(max(pow2(b), 16), 32 if dtype.itemsize == 2 else 16), min(max(pow2(n), 16), 64)
+    # Twice as many as multiprocessors: first narrower, then fewer vectors, since weights are read again from L2 alone.
+    while width > 16 and groups * -(-b // m) * -(-n // width) < 2 * _FILL:
+        width //= 2
+    while m > 16 and groups * -(-b // m) * -(-n // width) < 2 * _FILL:
+        m //= 2
+    return GemmTile(m, width, min(max(pow2(k), 16), depth), 4 if m * width >= 512 else 2, 4)

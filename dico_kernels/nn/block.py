@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from dico_kernels.nn._fused import Fused, Layout, choose, find, promoted
+from dico_kernels.nn.adaln import modulation
 from dico_kernels.nn.grn import affine
 from dico_kernels.reference import dico, fcdm
 from dico_kernels.reference.functional import GRN_EPS, LN_EPS
@@ -59,7 +60,7 @@ class FusedDiCoBlock(Fused):
     def compute(self, library: ModuleType | None, *inputs: Any) -> Tensor:
         """See Fused."""
         x, c = inputs
-        x, conditioning = promoted(x, self.adaLN_modulation(c))
+        x, conditioning = promoted(x, modulation(self.adaLN_modulation, c))
         f = choose(library, x)
         shift1, scale1, gate1, shift2, scale2, gate2 = conditioning.chunk(6, dim=1)
         x = f.conv_half(
@@ -155,7 +156,7 @@ class FusedFCDMBlock(Fused):
     def compute(self, library: ModuleType | None, *inputs: Any) -> Tensor:
         """See Fused."""
         x, c = inputs
-        x, conditioning = promoted(x, self.adaLN_modulation(c))
+        x, conditioning = promoted(x, modulation(self.adaLN_modulation, c))
         f = choose(library, x)
         shift, scale, gate = conditioning.chunk(3, dim=1)
         gamma, beta = affine(self.grn, self.fused_affine)

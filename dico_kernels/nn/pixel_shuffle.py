@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dico_kernels import ops
 from dico_kernels.nn._fused import Fused, hooked, unreadable
+from dico_kernels.nn.adaln import conditioned
 from dico_kernels.reference import base
 
 
@@ -59,7 +60,9 @@ class SkipUpsample(nn.Module):
 
 
 class FusedUShape(Fused):
-    """A whole reference model: x is made channels_last once, and each way up with its skip is one op."""
+    """A whole reference model: x is made channels_last once, each way up with its skip is one op, and the conditioning
+    of a level's blocks is computed at once where a backend does that (Triton, for few images without gradients).
+    """
 
     fused_family: ClassVar[str] = "model"
     fused_arity: ClassVar[int] = 3
@@ -71,6 +74,13 @@ class FusedUShape(Fused):
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """See reference.DiCo and reference.FCDM; the output is channels_last."""
         return super().forward(x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x, t, y)
+
+    def level(self, blocks: nn.ModuleList, x: Tensor, c: Tensor) -> Tensor:
+        """See reference.base.UShaped."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return super().level(blocks, x, c)  # type: ignore[misc]
+        with conditioned(blocks, c):
+            return super().level(blocks, x, c)  # type: ignore[misc]
 
     def join(self, up: nn.Module, reduce: nn.Module, x: Tensor, skip: Tensor) -> Tensor:
         """See reference.base.UShaped."""

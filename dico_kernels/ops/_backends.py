@@ -275,6 +275,13 @@ def owner(x: Tensor) -> str | None:
     return None if found is None else "native" if found is native.pointwise else "triton"
 
 
+def note_optional(entry: str, x: Tensor, function: Callable[..., Any], dtype: torch.dtype | None = None) -> None:
+    """Record that a function which optional gave runs; dtype: of the weights, if not x's."""
+    if _SETTING.record is not None:
+        name = "native" if function is getattr(native, entry, None) else "triton"
+        _SETTING.record(Choice(entry, tuple(x.shape), dtype or x.dtype, str(x.device), name, {}))
+
+
 def usual_products(x: Tensor, weight: Tensor) -> str:
     """What "auto" takes for a branch of x where nothing was measured."""
     own = optional("pointwise", x)
@@ -286,8 +293,8 @@ def own_product(x: Tensor, weight: Tensor) -> Callable[..., Any] | None:
     found = optional("pointwise", x)
     if not _is_to_multiply(found, weight):
         return None
-    if _SETTING.record is not None:
-        _SETTING.record(Choice("pointwise", tuple(x.shape), weight.dtype, str(x.device), owner(x) or "", {}))
+    assert found is not None
+    note_optional("pointwise", x, found, weight.dtype)
     return found
 
 
@@ -303,8 +310,8 @@ def fused_products(entry: str, x: Tensor, weight: Tensor) -> Callable[..., Any] 
     if found is None and _SETTING.strict and optional("pointwise", x) is None:
         why = f"x is {x.dtype}, weights {weight.dtype}" if x.dtype != weight.dtype else f"no backend has {entry}"
         raise BackendError(f"{entry} on {x.device} with products='fused': {why}")
-    if found is not None and _SETTING.record is not None:
-        _SETTING.record(Choice(entry, tuple(x.shape), x.dtype, str(x.device), "triton", {}))
+    if found is not None:
+        note_optional(entry, x, found)
     return found
 
 

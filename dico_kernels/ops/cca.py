@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from dico_kernels.dtypes import accumulation_dtype
 from dico_kernels.ops import _checks as check
-from dico_kernels.ops._backends import optional, select
+from dico_kernels.ops._backends import note_optional, optional, select
 from dico_kernels.ops._library import only_needed, register
 
 
@@ -22,14 +22,17 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     check.vector("bias", bias, x.shape[1], x)
 
 
-# Images up to which a kernel of our own is faster than a product and the small steps around it. Of AVX-512 cores.
-_FEW_IMAGES = 8
+# Images up to which a kernel of our own is faster than a product and the small steps around it: measured on AVX-512
+# cores, and on GPUs those that two tiles of it hold.
+_FEW_IMAGES = {"cpu": 8, "cuda": 64}
 
 
 def attention_of(sums: Tensor, pixels: int, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """(pooled, sigmoid(W pooled + b)) of pooled = sums / pixels; (N, C) in sums' dtype, the accumulation's."""
-    kernel = optional("channel_attention", sums) if sums.shape[0] <= _FEW_IMAGES else None
+    few = sums.shape[0] <= _FEW_IMAGES[sums.device.type]
+    kernel = optional("channel_attention", sums) if few else None
     if kernel is not None:
+        note_optional("channel_attention", sums, kernel, weight.dtype)
         result: tuple[Tensor, Tensor] = kernel(sums, pixels, check.matrix(weight), check.dense(bias))
         return result
     pooled = sums / pixels
