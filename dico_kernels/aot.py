@@ -141,7 +141,8 @@ def _products(dtype: torch.dtype, n: int, c: int, size: int) -> Iterator[partial
     adaln = {"modulation": gemm.Modulation(vector, tensor(n, c, dtype=acc), tensor(n, c, dtype=acc))}
     rows = gemm.Statistics(pixels, pixels)
     yield partial(product, **adaln, statistics=partials)
-    yield partial(branch, scale=vector, partials=True)
+    s = tensor(n, c, dtype=acc)
+    yield partial(branch, scale=s, partials=True)
     if dtype != torch.bfloat16 or size * size % 64 != 0:
         return
     yield partial(product, **adaln, statistics=partials, gelu=True, keep=True)
@@ -158,8 +159,8 @@ def _products(dtype: torch.dtype, n: int, c: int, size: int) -> Iterator[partial
         yield partial(pointwise, x, weight, bias, gelu=True, keep=keep)
         yield partial(pointwise, x, weight, bias, gelu=True, keep=keep, squares=True)
     yield partial(pointwise, x, weight, bias, gate=vector, residual=x)
-    yield partial(pointwise, x, weight, bias, s=tensor(n, c, dtype=acc), gate=vector, residual=x)
-    yield partial(pointwise, x, weight, bias, s=tensor(n, c, dtype=acc), plus=bias, gate=vector, residual=x)
+    yield partial(pointwise, x, weight, bias, s=s, gate=vector, residual=x)
+    yield partial(pointwise, x, weight, bias, s=s, plus=bias, gate=vector, residual=x)
 
 
 def _label(launch: Launch, dtype: torch.dtype) -> str:

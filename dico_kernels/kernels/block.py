@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from dico_kernels.kernels.channel import channel_sums
 from dico_kernels.kernels.depthwise import depthwise
 from dico_kernels.kernels.gemm import Partials, Statistics, modulation_terms, pointwise, project, row_statistics
+from dico_kernels.kernels.vectors import channel_attention
 
 
 class ConvHalf(NamedTuple):
@@ -72,12 +72,8 @@ def conv_half_forward(
         eps=eps,
     )
     y2 = depthwise(first.y, dw_weight, dw_bias, gelu=True)
-    pooled = channel_sums(y2) / (x.shape[2] * x.shape[3])
-    logits = project(pooled.to(x.dtype), ca_weight)
-    attention = torch.sigmoid(logits if ca_bias is None else logits + ca_bias)
-    second = pointwise(
-        y2, pw2_weight, pw2_bias, scale=attention.to(x.dtype), gate=gate, residual=x, partials=True
-    )  # fmt: skip
+    pooled, attention = channel_attention(channel_sums(y2), x.shape[2] * x.shape[3], ca_weight, ca_bias)
+    second = pointwise(y2, pw2_weight, pw2_bias, scale=attention, gate=gate, residual=x, partials=True)
     assert first.statistics is not None
     assert second.partials is not None
     return ConvHalf(second.y, second.partials, first.statistics, first.y, pooled, attention)
@@ -152,7 +148,7 @@ def fcdm_block_forward(
         first.y,
         pw2_weight,
         bias if pw2_bias is None else bias + pw2_bias,
-        scale=s.to(x.dtype),
+        scale=s,
         gate=gate,
         residual=x,
     )

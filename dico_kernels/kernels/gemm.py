@@ -413,7 +413,7 @@ def pointwise(
         x: (N, K, H, W), channels_last.
         weight: (C, K, 1, 1) or (C, K), x's type.
         bias: (C,); with `modulation` it is in there already.
-        scale: (N, K) or (1, K), x's type: multiplies x.
+        scale: (N, K) or (1, K), x's or the accumulation type: multiplies x.
         modulation: adaLN on x, whose statistics are `statistics`; partials are combined, and returned combined.
         eps: adaLN's, used where partials are combined.
         gelu: GELU on the product; `keep` also returns the value before it.

@@ -171,7 +171,7 @@ def pointwise(
             x,
             weight,
             bias,
-            scale=None if s is None else s.to(x.dtype),
+            scale=s,
             gelu=gelu,
             keep=keep,
             gate=gate if inside else None,
