@@ -56,8 +56,8 @@ class ModelArena:
         for model in {**SCALES, **ALONE}[self.scale]:
             dit, training = model.startswith("DiT"), self.mode == "training"
             contenders = ["eager"] if dit else ["eager", "channels_last", "fused"]
-            if not (gpu or training or dit):
-                contenders.append("packed")
+            if not (training or dit):
+                contenders.append("fused_tuned" if gpu else "packed")
             if training and gpu and not dit:
                 contenders.remove("eager")  # each keeps weights and optimiser state: all at once must fit the card
             if self.compiled:
