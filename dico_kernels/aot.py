@@ -143,8 +143,10 @@ def _products(dtype: torch.dtype, n: int, c: int, size: int) -> Iterator[partial
     yield partial(product, **adaln, statistics=partials)
     s = tensor(n, c, dtype=acc)
     yield partial(branch, scale=s, partials=True)
+    yield partial(branch, scale=s)
     if dtype != torch.bfloat16 or size * size % 64 != 0:
         return
+    yield branch
     yield partial(product, **adaln, statistics=partials, gelu=True, keep=True)
     yield partial(product, **adaln, statistics=rows, gelu=True, channel="squares")
     if size * size % 128 != 0:

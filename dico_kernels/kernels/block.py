@@ -1,8 +1,9 @@
 """The residual branches of DiCo's and FCDM's blocks, from kernels that fuse all that is not a product into products.
 
 Images (N, C, H, W) with channels_last memory; shift, scale and gate (N, C) or (1, C); weights as the modules have
-them. Each function returns the branch's result, what its backward wants, and, where a next branch's LayerNorm can use
-them, Partials of the result: given to the next call as `partials` they save it a pass over its input.
+them. Each function returns the branch's result and what its backward wants; with `more` also Partials of the result,
+where a next branch's LayerNorm can use them: given to the next call as `partials` they save it a pass over its
+input, at the price of an epilogue that counts more instructions than that pass.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class ConvHalf(NamedTuple):
     """statistics of x; y1 the first 1x1's result; pooled, attention (N, C) in the accumulation type."""
 
     out: Tensor
-    partials: Partials
+    partials: Partials | None
     statistics: Statistics
     y1: Tensor
     pooled: Tensor
@@ -32,7 +33,7 @@ class FfnHalf(NamedTuple):
     """statistics of x; h the first 1x1's result, before GELU, or None."""
 
     out: Tensor
-    partials: Partials
+    partials: Partials | None
     statistics: Statistics
     h: Tensor | None
 
@@ -62,8 +63,9 @@ def conv_half_forward(
     pw2_bias: Tensor | None,
     eps: float = 1e-6,
     partials: Partials | None = None,
+    more: bool = False,
 ) -> ConvHalf:
-    """x + gate * pw2(CCA(GELU(dw(pw1(adaLN(x))))))."""
+    """x + gate * pw2(CCA(GELU(dw(pw1(adaLN(x)))))); more: return partials."""
     first = pointwise(
         x,
         pw1_weight,
@@ -73,9 +75,8 @@ def conv_half_forward(
     )
     y2 = depthwise(first.y, dw_weight, dw_bias, gelu=True)
     pooled, attention = channel_attention(channel_sums(y2), x.shape[2] * x.shape[3], ca_weight, ca_bias)
-    second = pointwise(y2, pw2_weight, pw2_bias, scale=attention, gate=gate, residual=x, partials=True)
+    second = pointwise(y2, pw2_weight, pw2_bias, scale=attention, gate=gate, residual=x, partials=more)
     assert first.statistics is not None
-    assert second.partials is not None
     return ConvHalf(second.y, second.partials, first.statistics, first.y, pooled, attention)
 
 
@@ -91,8 +92,9 @@ def ffn_half_forward(
     eps: float = 1e-6,
     partials: Partials | None = None,
     keep: bool = True,
+    more: bool = False,
 ) -> FfnHalf:
-    """x + gate * fc2(GELU(fc1(adaLN(x)))); keep: return h for backward."""
+    """x + gate * fc2(GELU(fc1(adaLN(x)))); keep: return h for backward; more: return partials."""
     first = pointwise(
         x,
         fc1_weight,
@@ -102,9 +104,8 @@ def ffn_half_forward(
         gelu=True,
         keep=keep,
     )
-    second = pointwise(first.y, fc2_weight, fc2_bias, gate=gate, residual=x, partials=True)
+    second = pointwise(first.y, fc2_weight, fc2_bias, gate=gate, residual=x, partials=more)
     assert first.statistics is not None
-    assert second.partials is not None
     return FfnHalf(second.y, second.partials, first.statistics, first.before_gelu)
 
 

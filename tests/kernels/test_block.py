@@ -153,8 +153,9 @@ def test_statistics_travel_from_one_branch_to_the_next(mean, dtype, random, agre
     """A block is its two halves; the second adds up what the first left, and finds what a pass over x would."""
     first, second = conv_half(random, dtype, 2, 24, 3, 5), ffn_half(random, dtype, 2, 24, 3, 5)
     first = (first[0] + mean, *first[1:])
-    middle = block.conv_half_forward(*first)
+    middle = block.conv_half_forward(*first, more=True)
     result = block.ffn_half_forward(middle.out, *second[1:], partials=middle.partials)
+    assert block.conv_half_forward(*first).partials is result.partials is None
     agree(result.statistics, mean_and_rstd, (middle.out,))
     count = len(first)
     agree((result.out,), lambda *v: F.ffn_half(F.conv_half(*v[:count]), *v[count:]), (*first, *second[1:]))
