@@ -158,7 +158,7 @@ def frozen(freeze: bool) -> Iterator[None]:
 
 
 # Who multiplies in a fused contender's branches: the rule, whatever was measured; what is named; or what tune finds.
-_PRODUCTS = {"fused": "rule", "fused_mixed": "mixed", "fused_tuned": "tuned"}
+_PRODUCTS = {"fused": "rule", "packed": "rule", "fused_mixed": "mixed", "fused_tuned": "tuned"}
 
 
 def model_contender(arena: ModelArena, name: str, how: str, device: torch.device) -> Contender:
@@ -171,7 +171,7 @@ def model_contender(arena: ModelArena, name: str, how: str, device: torch.device
     """
     graphed, how = how.endswith("_graph"), how.removesuffix("_graph")
     products = _PRODUCTS.get(how)
-    how = "fused" if products else how
+    how = how.removesuffix("_mixed").removesuffix("_tuned")
     source = _filled(name, arena.resolution // 8, device)
     training, dtype = arena.mode == "training", DTYPES[arena.dtype]
     model: nn.Module = copy.deepcopy(source)

@@ -38,6 +38,7 @@ _EXAMPLES = """examples:
 """
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
 _TYPES[torch.int64] = "i64"
+_LDS = 1 << 16  # bytes of an MI300's compute unit
 
 
 @dataclass(frozen=True)
@@ -331,7 +332,9 @@ def _compile(job: tuple[str, str]) -> Result:
         compiled = triton.compile(_source(launch), target=gpu, options=options)
         wide = not narrow_offsets(compiled.asm["ttir"])
         if target.startswith("gfx"):
-            return Result(label, target, None, wide)
+            shared = compiled.metadata.shared
+            error = f"{shared} bytes of shared memory, of {_LDS} there are" if shared > _LDS else ""
+            return Result(label, target, None, wide, error=error)
         regs, spills = _resources(compiled.asm["cubin"])
         sass = ""
         if "wgmma" in compiled.asm["ptx"]:

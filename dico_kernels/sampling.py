@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from dico_kernels._graphs import CudaGraphs, Graph, Graphs
 from dico_kernels.dtypes import tf32_convolutions, tf32_products
 from dico_kernels.ops._backends import current
-from dico_kernels.ops._tuning import generation
+from dico_kernels.ops._tuning import generation, is_measuring
 
 Key = tuple[Any, ...]
 _CONSTANTS = (int, float, bool, str, type(None), torch.dtype, torch.device)
@@ -137,7 +137,6 @@ def _surroundings(device: str) -> Key:
         tf32_convolutions(),
         torch.are_deterministic_algorithms_enabled(),
         current(),
-        generation(),
     )
 
 
@@ -156,8 +155,7 @@ class GraphRunner:
     The first call with inputs of a kind runs the model ``warmup`` times on a side stream, records it once and replays
     that; later calls copy x, t and y into the recorded call's inputs and replay. A kind is every tensor's shape, dtype,
     device and whether it is channels_last, every other argument's value (cfg_scale: a float is part of the recording;
-    give a scale that changes from step to step as a tensor), autocast, the float32 precision flags, dk.backend and
-    what dk.tune chose.
+    give a scale that changes from step to step as a tensor), autocast, the float32 precision flags and dk.backend.
 
     The model runs as it is, with the reason in ``explain()``, where a graph would be wrong or impossible: inputs not on
     a GPU, inputs or weights on several devices, gradients enabled, training mode, inside torch.compile or another
@@ -168,9 +166,9 @@ class GraphRunner:
 
     Weights may be changed in place at any time: load_state_dict, an optimiser and EMA do that, and the next call uses
     the new values. Before each replay the runner checks that every parameter, buffer and submodule is the one that was
-    recorded, at the address it had, of the class it had (fuse and unfuse change that); if not, all graphs are dropped
-    and the call is recorded anew. What it cannot see: forwards that depend on Python state of their own, and hooks,
-    whose Python code does not run in a replay.
+    recorded, at the address it had, of the class it had (fuse and unfuse change that); if not, or if dk.tune chose
+    anew, all graphs are dropped and the call is recorded anew. What it cannot see: forwards that depend on Python state
+    of their own, and hooks, whose Python code does not run in a replay.
 
     Not for several threads or streams at once: calls wait for each other, and share their inputs' memory.
 
@@ -224,6 +222,7 @@ class GraphRunner:
         self._history: Counter[tuple[str, str, str]] = Counter()
         self._invalidated: Counter[str] = Counter()
         self._captured = self._evicted = 0
+        self._tuned = generation()
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the model's: (x, t, y) -> its output. With ``cfg_scale``, as its forward_with_cfg.
@@ -263,6 +262,7 @@ class GraphRunner:
             self._kept.clear()
             self._failed.clear()
             self._watch = None
+            self._tuned = generation()
 
     def __len__(self) -> int:
         """How many graphs are held."""
@@ -286,6 +286,8 @@ class GraphRunner:
                     return f"{_name(name)} is a {type(v).__name__}, not a plain tensor"
             elif not isinstance(v, _CONSTANTS):
                 return f"{_name(name)} is a {type(v).__name__}: neither a tensor nor a constant"
+        if is_measuring():
+            return "inside dk.tune"
         if torch.is_grad_enabled():
             return "gradients are enabled: use torch.inference_mode() or no_grad()"
         if self.module.training:
@@ -298,6 +300,10 @@ class GraphRunner:
 
     def _entry(self, call: Callable[..., Any], given: dict[Any, Any]) -> _Entry | str:
         """The recording for such a call, made if there is none; or why there can be none."""
+        if self._tuned != generation():
+            if self._kept:
+                self._invalidated["dk.tune chose anew"] += 1
+            self.reset()
         if self.watch and self._watch is not None and (what := self._watch.changed()) is not None:
             self._invalidated[what] += 1
             self.reset()

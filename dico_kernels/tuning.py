@@ -125,7 +125,7 @@ def _best(ms: dict[str, float], usual: str) -> str:
 def _default_file() -> Path:
     if named := os.environ.get(VARIABLE):
         return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dico_kernels" / "tuning.json"
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "dico_kernels", "tuning.json")
 
 
 def _software() -> str:
@@ -133,7 +133,7 @@ def _software() -> str:
     return f"dico_kernels {info['version']} {source()}, torch {info['torch']}, triton {info['triton']}"
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read(file: Path, warn: bool = False) -> dict[str, Any]:
     """What the file has of every software; nothing where there is none, or none that can be read."""
     try:
         found = json.loads(file.read_text())
@@ -141,7 +141,8 @@ def _read(file: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError) as error:
-        warnings.warn(f"{file} is measured anew: it cannot be read ({error})", RuntimeWarning, stacklevel=4)
+        if warn:
+            warnings.warn(f"{file} is measured anew: it cannot be read ({error})", RuntimeWarning, stacklevel=3)
         return {}
 
 
@@ -150,7 +151,7 @@ def _kept(found: dict[str, Any]) -> Iterable[TuningRow]:
     for entry in entries if isinstance(entries, list) else []:
         with suppress(KeyError, TypeError):  # of another form
             row = TuningRow(**{**entry, "case": Case(**entry["case"])})
-            if row.products in CANDIDATES[row.case.backend]:
+            if row.products in CANDIDATES[row.case.backend] and hash(row.case):
                 yield row
 
 
@@ -184,8 +185,9 @@ class _Measuring:
             return
         kept = self.kept.get(key)
         row = self._measured(at) if kept is None else replace(kept, cached=True)
-        self.rows[key] = row
-        _tuning.put(at.case, at.images, row.products)
+        if row.ms:  # what can run in no form is for the call itself to report
+            self.rows[key] = row
+            _tuning.put(at.case, at.images, row.products)
 
     def _measured(self, at: Occasion) -> TuningRow:
         case = at.case
@@ -213,16 +215,18 @@ def tune(call: Any, *args: Any, keep: bool = True, again: bool = False, **kwargs
     decides; where ``dk.backend`` or DICO_KERNELS_PRODUCTS name the products, they do. Numbers differ in the last bits,
     as between any two ways to sum.
 
-    ``call(*args, **kwargs)`` runs once, as it is: under ``torch.inference_mode()`` to tune sampling, with gradients
-    for training. Each branch that it meets is timed there on its own inputs, by turns, in each form that can run: some
-    seconds for a model, and on a GPU what compiling takes. Another form than the rule's has to gain 3%. A choice holds
-    for its shape, dtype and mode at every batch that was not measured itself, the nearest measured one deciding.
+    ``call(*args, **kwargs)`` runs once, as it is: under ``torch.inference_mode()`` to tune sampling, in training mode
+    with gradients for training's forward pass (a backward pass has one form). Each branch that it meets is timed there
+    on its own inputs, by turns, in each form that can run: some seconds for a model, and on a GPU what compiling takes.
+    Another form than the rule's has to gain 3%. A choice holds in this process for its shape, dtype and mode at every
+    batch that was not measured itself, the nearest measured one deciding. Call fuse and pack before, and torch.compile
+    with CUDA graphs of its own after: those replay what they recorded.
 
     Args:
         call: a fused model, a GraphRunner, or any function that runs one.
         *args: what to call it with.
-        keep: read what was measured before with this device and software from a file, and add to it: in
-            DICO_KERNELS_TUNING, by default ``~/.cache/dico_kernels/tuning.json``.
+        keep: read what was measured before with this device and software from a file, and add to it, so that a later
+            process's tune takes no time: DICO_KERNELS_TUNING, by default ``~/.cache/dico_kernels/tuning.json``.
         again: measure what the file has, too.
         **kwargs: as args.
 
@@ -237,15 +241,15 @@ def tune(call: Any, *args: Any, keep: bool = True, again: bool = False, **kwargs
     """
     if (named := current()[2]) != "auto":
         raise ValueError(f"products={named!r} is set, by dk.backend or DICO_KERNELS_PRODUCTS: expected 'auto' to tune")
-    file = _default_file()
-    measuring = _Measuring(_kept(_read(file)) if keep and not again else [])
+    measuring = _Measuring(_kept(_read(_default_file(), warn=True)) if keep and not again else [])
     try:
         with _tuning.measuring(measuring):
             call(*args, **kwargs)
     finally:
-        new = [row for row in measuring.rows.values() if not row.cached]
+        # Another time there may be the memory.
+        new = [r for r in measuring.rows.values() if not r.cached and "OutOfMemoryError" not in str(r.failures)]
         if keep and new:
-            _write(file, new)
+            _write(_default_file(), new)
     return Tuning(measuring.rows.values())
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from fake_device import Device
 from fake_graphs import FakeGraphs
 
 import dico_kernels as dk
@@ -106,12 +107,37 @@ def test_what_cannot_run_is_left_out_and_named(times):
     assert "out of resources" in str(rows)
 
 
+def test_what_can_run_in_no_form_is_neither_used_nor_kept(file, times):
+    call, right = branch(), dict(times)
+    times |= dict.fromkeys(times, ValueError("no"))
+    assert dk.tune(call) == []
+    assert not file.exists()
+    times |= right
+    assert dk.tune(call)[0].products == "fused"
+
+
+def test_what_lacked_memory_once_is_tried_again(file, times):
+    call = branch()
+    times |= {"fused": torch.OutOfMemoryError("too large")}
+    rows = dk.tune(call)
+    assert (rows[0].products, list(rows[0].failures)) == ("library", ["fused"])
+    assert not file.exists()
+    times |= {"fused": 1.0}
+    assert dk.tune(call)[0].products == "fused"
+
+
 def test_a_choice_is_for_its_case_alone(times):
     times |= {"library": 1.0, "fused": 2.0}
     dk.tune(branch())
     usual = "fused" if native.multiplies(torch.empty(1)) else "library"
     if usual == "library":
         pytest.skip("needs a processor for which native's own product is the rule: AVX-512")
+    precision = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert runs_on(branch()) == {usual}
+    finally:
+        torch.set_float32_matmul_precision(precision)
     for other in ({"c": 16}, {"side": 6}, {"hidden": 24}, {"grad": True}, {"dtype": torch.bfloat16}):
         if other != {"dtype": torch.bfloat16} or native.multiplies(torch.empty(1, dtype=torch.bfloat16)):
             assert runs_on(branch(**other)) == {usual}, other
@@ -238,7 +264,8 @@ def test_bad_arguments_are_named_as_ever(times):
         dk.ops.conv_half(torch.ones(2, 3), *[torch.ones(2, 3)] * 11)
 
 
-def test_graphs_are_recorded_anew_for_another_choice(times):
+@pytest.mark.parametrize("through", ["the model", "the runner"])
+def test_graphs_are_recorded_anew_for_another_choice(through, times):
     model = dk.fuse(fill_(DiCo(hidden_size=8, depth=(1, 1, 1, 1, 1), num_classes=3))).eval()
     graphs = FakeGraphs()
     step = dk.GraphRunner(model, graphs=graphs)
@@ -247,10 +274,29 @@ def test_graphs_are_recorded_anew_for_another_choice(times):
         step(*inputs)
         step(*inputs)
         assert graphs.captures == 1
-        dk.tune(model, *inputs)
+        calls = []
+        hook = model.register_forward_hook(lambda *_: calls.append(1))
+        assert len(dk.tune(model if through == "the model" else step, *inputs)) == 8
+        hook.remove()
+        assert len(calls) == 1  # by the model itself, not by a recording of it
         step(*inputs)
+        step(*inputs)
+        assert (graphs.captures, len(step)) == (2, 1)
+        assert "dk.tune chose anew" in str(step.explain())
+        dk.tune(model, *inputs)  # from the file, and as before
         step(*inputs)
         assert graphs.captures == 2
+        if through == "the runner":
+            assert "inside dk.tune" in str(step.explain())
+
+
+def test_a_runner_that_has_recorded_nothing_is_tuned(times):
+    model = dk.fuse(fill_(DiCo(hidden_size=8, depth=(1, 1, 1, 1, 1), num_classes=3))).eval()
+    graphs = FakeGraphs()
+    step = dk.GraphRunner(model, graphs=graphs)
+    with torch.inference_mode():
+        assert dk.tune(step, torch.randn(2, 4, 8, 8), torch.tensor([1]), torch.tensor([2]))
+    assert (graphs.captures, len(step)) == (0, 0)
 
 
 def test_triton_has_three_candidates(times):
@@ -289,6 +335,15 @@ def test_calls_are_timed_by_turns(monkeypatch):
     turns = [name for name, _ in itertools.groupby(order)]
     assert turns[:2] == ["a", "b"]  # warm-up
     assert len(turns) > tuning._ROUNDS
+
+
+def test_a_device_is_timed_and_not_its_caller(monkeypatch):
+    device = Device(monkeypatch)
+    runs = {"slow to launch": device.call(100e-6, 10e-6), "large": device.call(20e-6, 40e-6)}
+    calls = {name: lambda run=run: run(0) for name, run in runs.items()}
+    ms, failures = tuning.fastest(calls, torch.device("cuda"))
+    assert failures == {}
+    assert ms == {"slow to launch": pytest.approx(0.010, rel=0.01), "large": pytest.approx(0.040, rel=0.01)}
 
 
 def test_the_real_clock_finds_the_slower():

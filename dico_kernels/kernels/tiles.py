@@ -207,9 +207,12 @@ def pointwise_tile(m: int, n: int, k: int, dtype: torch.dtype, capability: int, 
 
 
 @cache
-def vector_tile(b: int, n: int, k: int, groups: int, dtype: torch.dtype) -> GemmTile:
-    """A product of b vectors of k with `groups` weights of n x k each: as many programs as read memory at its rate."""
-    depth = {2: 128, 4: 32, 8: 16}[dtype.itemsize]
+def vector_tile(b: int, n: int, k: int, groups: int, dtype: torch.dtype, itemsize: int) -> GemmTile:
+    """A product of b vectors of k with `groups` weights of n x k each: as many programs as read memory at its rate.
+
+    itemsize: of the vectors, which may be wider than the weights.
+    """
+    depth = {2: 128 if itemsize == 2 else 64, 4: 32, 8: 16}[dtype.itemsize]
     # From 64 on Hopper would multiply by wgmma, for no gain here, and with the hazard that kernels/gemm.py describes.
     m, width = min(max(pow2(b), 16), 32 if dtype.itemsize == 2 else 16), min(max(pow2(n), 16), 64)
     # Twice as many as multiprocessors: first narrower, then fewer vectors, since weights are read again from L2 alone.
@@ -217,4 +220,5 @@ def vector_tile(b: int, n: int, k: int, groups: int, dtype: torch.dtype) -> Gemm
         width //= 2
     while m > 16 and groups * -(-b // m) * -(-n // width) < 2 * _FILL:
         m //= 2
-    return GemmTile(m, width, min(max(pow2(k), 16), depth), 4 if m * width >= 512 else 2, 4)
+    # The largest in three stages stay within the 64 KiB that AMD's GPUs have.
+    return GemmTile(m, width, min(max(pow2(k), 16), depth), 4 if m * width >= 512 else 2, 3 if m * width > 1024 else 4)

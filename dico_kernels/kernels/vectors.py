@@ -89,7 +89,7 @@ def _launch(
     aligned: bool = True,
 ) -> None:
     (b, k), n = x.shape, y.shape[-1]
-    tile = vector_tile(b, n, k, groups, dtype)
+    tile = vector_tile(b, n, k, groups, dtype, x.dtype.itemsize)
     row_blocks, col_blocks = cdiv(b, tile.m), cdiv(n, tile.n)
     launch(
         _vectors_fwd_kernel, groups * row_blocks * col_blocks,
@@ -115,24 +115,39 @@ def channel_attention(sums: Tensor, pixels: int, weight: Tensor, bias: Tensor | 
     return mean, attention
 
 
-# Addresses of a level's weights and biases on their device, by the first weight: a recorded graph reads the table anew
-# at each replay, and while it may be replayed, its weights live.
-_TABLES: MutableMapping[Tensor, dict[tuple[int, ...], Tensor]] = WeakIdKeyDictionary()
+# Addresses of a level's weights and of its biases on their device, by the first weight: a recorded graph reads them at
+# each replay, and while it may be replayed, its weights live.
+_TABLES: MutableMapping[Tensor, dict[tuple[int, ...], tuple[Tensor, Tensor]]] = WeakIdKeyDictionary()
+_KEPT = 8  # of weights that move
 
 
-def _table(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+def _table(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
+    """The addresses, or None while a graph is recorded that would have to record how they are written."""
+    device = weights[0].device
     addresses = tuple(t.data_ptr() for t in (*weights, *biases))
     known = _TABLES.setdefault(weights[0], {})
-    if addresses not in known:
-        known[addresses] = torch.tensor(addresses, dtype=torch.int64).to(weights[0].device)
-    return known[addresses]
+    found = known.get(addresses)
+    if found is None:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return None
+        k = len(weights)
+        lists = (torch.tensor(part, dtype=torch.int64, device="cpu") for part in (addresses[:k], addresses[k:]))
+        of_weights, of_biases = (v.to(device) for v in lists)
+        found = known[addresses] = of_weights, of_biases
+        for oldest in list(known)[:-_KEPT]:
+            known.pop(oldest, None)
+    return found
 
 
-def conditioning(c: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
-    """Linear(SiLU(c)) for each weight (K, C) and bias (K,): (groups, N, K) for c (N, C), all of one type."""
-    n, k = weights[0].shape[0], len(weights)
-    y = torch.empty((k, c.shape[0], n), dtype=c.dtype, device=c.device)
+def conditioning(c: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor | None:
+    """Linear(SiLU(c)) for each weight (K, C) and bias (K,): (groups, N, K) for c (N, C), all of one type.
+
+    None in a CUDA graph's recording that is the first to see these weights.
+    """
     table = _table(weights, biases)
+    if table is None:
+        return None
+    y = torch.empty((len(weights), c.shape[0], weights[0].shape[0]), dtype=c.dtype, device=c.device)
     aligned = all(w.data_ptr() % 16 == 0 for w in weights)
-    _launch(y, c, table[:k], table[k:], None, k, c.dtype, silu=True, aligned=aligned)
+    _launch(y, c, *table, None, len(weights), c.dtype, silu=True, aligned=aligned)
     return y

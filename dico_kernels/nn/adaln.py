@@ -57,12 +57,12 @@ def conditioned(blocks: Iterable[nn.Module], c: Tensor) -> Iterator[None]:
     """Within the context, ``modulation`` has what the heads of these blocks make of c, computed at once where it pays.
 
     A head that is not plain is left to itself; all are, where one is not of the others' size or dtype, or a block has
-    hooks, which might change what is read here.
+    hooks or a forward of its own, which might change what is read here, or is compiled and would not look.
     """
     heads: dict[nn.Module, nn.Linear] = {}
     for block in blocks:
         head = block._modules.get("adaLN_modulation")
-        if block._forward_pre_hooks or block._forward_hooks:
+        if hooked(block) or block._compiled_call_impl is not None:
             heads = {}
             break
         if head is not None and isinstance(block, Fused) and (linear := plain_head(head)) is not None:
@@ -79,7 +79,7 @@ def conditioned(blocks: Iterable[nn.Module], c: Tensor) -> Iterator[None]:
 
 def modulation(head: Any, c: Any) -> Tensor:
     """What a conditioning head makes of c: as ``conditioned`` has it, else by calling the head."""
-    if not torch.compiler.is_compiling() and _GIVEN.by_head:
+    if not torch.compiler.is_compiling() and _GIVEN.by_head and not torch.is_grad_enabled():
         of, y = _GIVEN.by_head.get(head, (None, None))
         if of is c and y is not None:
             return y

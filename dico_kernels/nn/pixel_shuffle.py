@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dico_kernels import ops
 from dico_kernels.nn._fused import Fused, hooked, unreadable
 from dico_kernels.nn.adaln import conditioned
+from dico_kernels.ops.conditioning import at_once
 from dico_kernels.reference import base
 
 
@@ -77,7 +78,7 @@ class FusedUShape(Fused):
 
     def level(self, blocks: nn.ModuleList, x: Tensor, c: Tensor) -> Tensor:
         """See reference.base.UShaped."""
-        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or not at_once(c):
             return super().level(blocks, x, c)  # type: ignore[misc]
         with conditioned(blocks, c):
             return super().level(blocks, x, c)  # type: ignore[misc]

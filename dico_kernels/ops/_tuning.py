@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from dico_kernels import native
+from dico_kernels.dtypes import tf32_products
 from dico_kernels.info import cpu_name
 from dico_kernels.ops._backends import current, multiplying, owner, usual_products
 
@@ -36,7 +37,9 @@ class Case:
         stream: dtype of x.
         channels, hidden: of x, and of the first product's output.
         height, width: of x.
+        tf32: whether float32 products may use TF32.
         saving: whether the call keeps what a backward pass wants.
+        recomputing: whether it leaves what is large of that to be computed anew.
     """
 
     branch: str
@@ -48,7 +51,9 @@ class Case:
     hidden: int
     height: int
     width: int
+    tf32: bool
     saving: bool
+    recomputing: bool
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,10 @@ def generation() -> int:
 def put(case: Case, images: int, products: str) -> None:
     """Have a case run on ``products`` from now on."""
     with _LOCK:
-        _STATE.table.setdefault(case, {})[images] = products
+        measured = _STATE.table.setdefault(case, {})
+        if measured.get(images) == products:
+            return
+        measured[images] = products
         _STATE.found = {}
         _STATE.generation += 1
 
@@ -96,11 +104,6 @@ def forget() -> None:
     with _LOCK:
         _STATE.table, _STATE.found = {}, {}
         _STATE.generation += 1
-
-
-def known(case: Case, images: int) -> str | None:
-    """What was measured at just this number of images, or None."""
-    return _STATE.table.get(case, {}).get(images)
 
 
 def chosen(case: Case, images: int) -> str | None:
@@ -146,14 +149,19 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def tunable(branch: str, kernel: Op, *, weight: int, save: int) -> Op:
+def is_measuring() -> bool:
+    """Whether calls are made to be measured: a replayed graph would call no branch."""
+    return _STATE.measure is not None
+
+
+def tunable(branch: str, kernel: Op, *, weight: int, flags: int) -> Op:
     """A branch's implementation, on the products that the table has for it.
 
     Args:
         branch: its name.
         kernel: the implementation, of an image x and whatever follows.
         weight: which of its arguments is the first product's weight.
-        save: which says whether a backward pass will follow.
+        flags: how many booleans come last: save, and recompute if there are two.
     """
 
     def call(*args: Any) -> Any:
@@ -163,13 +171,15 @@ def tunable(branch: str, kernel: Op, *, weight: int, save: int) -> Op:
         if x.ndim != 4 or x.numel() == 0 or w.ndim == 0 or (backend := owner(x)) is None:
             return kernel(*args)
         table = _STATE.found
-        key = branch, x.shape, w.shape[0], x.dtype, w.dtype, args[save], x.device, backend, torch.get_num_threads()
+        how, threads = (tf32_products(), *args[-flags:]), torch.get_num_threads()
+        key = branch, x.shape, w.shape[0], x.dtype, w.dtype, how, x.device, backend, threads
         if _STATE.measure is None and key in table:
             products = table[key]
         else:
             images, channels, height, width = x.shape
             name, dtypes = device_name(x.device), (_name(w.dtype), _name(x.dtype))
-            case = Case(branch, name, backend, *dtypes, channels, w.shape[0], height, width, args[save])
+            tf32, save, recompute = (*how, False)[:3]
+            case = Case(branch, name, backend, *dtypes, channels, w.shape[0], height, width, tf32, save, recompute)
             if _STATE.measure is not None:
                 _STATE.measure(Occasion(case, images, x.device, usual_products(x, w), lambda: kernel(*args)))
             table[key] = products = chosen(case, images)

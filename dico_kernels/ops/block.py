@@ -216,7 +216,7 @@ def _conv_gradient(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
 
 _CONV_HALF = register(
     f"conv_half({_CONV}, float eps, bool save) -> ({', '.join(['Tensor'] * 6)})",
-    tunable("conv_half", _conv, weight=4, save=-1),
+    tunable("conv_half", _conv, weight=4, flags=1),
     _conv_fake,
     setup_context=_conv_setup,
     backward=_conv_gradient,
@@ -391,7 +391,7 @@ def _ffn_gradient(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
 
 _FFN_HALF = register(
     f"ffn_half({_FFN}, float eps, bool save, bool recompute) -> ({', '.join(['Tensor'] * 4)})",
-    tunable("ffn_half", _ffn, weight=4, save=-2),
+    tunable("ffn_half", _ffn, weight=4, flags=2),
     _ffn_fake,
     setup_context=_ffn_setup,
     backward=_ffn_gradient,

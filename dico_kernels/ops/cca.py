@@ -23,7 +23,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 # Images up to which a kernel of our own is faster than a product and the small steps around it: measured on AVX-512
-# cores, and on GPUs those that two tiles of it hold.
+# cores; on a GPU some four tiles, which read the weights again from its cache.
 _FEW_IMAGES = {"cpu": 8, "cuda": 64}
 
 

@@ -17,23 +17,25 @@ from dico_kernels.ops._backends import note_optional, optional
 _FEW = 64
 
 
-def _usable(c: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> bool:
-    if torch.is_grad_enabled() or torch.is_autocast_enabled(c.device.type) or c.ndim != 2 or not 0 < c.shape[0] <= _FEW:
+def at_once(c: Tensor) -> bool:
+    """Whether a backend computes in one kernel what a level's heads make of c, and numbers are all that is wanted."""
+    if torch.is_grad_enabled() or type(c) is not Tensor or c.ndim != 2 or not 0 < c.shape[0] <= _FEW:
+        return False
+    if optional("conditioning", c) is None or torch.is_autocast_enabled(c.device.type):
         return False
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
-    if torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > 0:
+    return torch._C._get_tracing_state() is None and torch._C._len_torch_dispatch_stack() == 0
+
+
+def _readable(v: Tensor | None, shape: tuple[int, ...], c: Tensor) -> bool:
+    if v is None or type(v) not in (torch.nn.Parameter, Tensor):
         return False
-    shape = weights[0].shape[0], c.shape[1]
-    return all(
-        w.shape == shape and w.is_contiguous() and w.dtype == c.dtype and w.device == c.device
-        and b is not None and b.is_contiguous() and b.dtype == c.dtype and b.device == c.device
-        for w, b in zip(weights, biases, strict=True)
-    )  # fmt: skip
+    return v.shape == shape and v.is_contiguous() and v.dtype == c.dtype and v.device == c.device
 
 
 def conditioning(c: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor | None:
-    """Linear(SiLU(c)) for each weight and bias, or None where that is better left to each head.
+    """Linear(SiLU(c)) for each weight and bias, or None where that is to be left to each head.
 
     Args:
         c: (N, C).
@@ -43,9 +45,13 @@ def conditioning(c: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor |
     Returns:
         (heads, N, K).
     """
-    kernel = optional("conditioning", c) if len(weights) > 1 else None
-    if kernel is None or not _usable(c, weights, biases):
+    kernel = optional("conditioning", c)
+    if kernel is None or len(weights) < 2 or not at_once(c):
         return None
-    note_optional("conditioning", c, kernel)
-    found: Tensor = kernel(c.contiguous(), weights, biases)
+    k = weights[0].shape[0]
+    if not all(_readable(w, (k, c.shape[1]), c) for w in weights) or not all(_readable(b, (k,), c) for b in biases):
+        return None
+    found: Tensor | None = kernel(c.contiguous(), weights, biases)
+    if found is not None:
+        note_optional("conditioning", c, kernel)
     return found

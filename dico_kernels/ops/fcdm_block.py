@@ -177,7 +177,7 @@ def _gradient(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
 _FCDM_BLOCK = register(
     f"fcdm_block({_ARGUMENTS}, float ln_eps, float grn_eps, bool save, bool recompute) -> "
     f"({', '.join(['Tensor'] * 5)})",
-    tunable("fcdm_block", _block, weight=6, save=-2),
+    tunable("fcdm_block", _block, weight=6, flags=2),
     _fake,
     setup_context=_setup,
     backward=_gradient,

@@ -6,9 +6,9 @@ import time
 
 import pytest
 import torch
+from fake_device import Device
 from support import rel_rms
 
-from dico_kernels import _timing
 from dico_kernels.benchmarks import contenders, harness, presets
 from dico_kernels.benchmarks.harness import Contender, describe_failure, interleave, peak_bytes, relative_error
 from dico_kernels.benchmarks.limits import Ceiling
@@ -70,59 +70,11 @@ def test_a_contender_that_fails_leaves_the_others_their_times():
     assert interleave({}, 3, CPU) == {}
 
 
-class Device:
-    """A device that works behind its caller's back, with a clock of its own: what torch.cuda is for the harness."""
-
-    def __init__(self, monkeypatch, queue=1000):
-        self.host = self.free = 0.0  # now, and when all that was queued is done
-        self.ends, self.queue = [], queue
-        for name in ("Event", "synchronize", "_sleep"):
-            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
-        monkeypatch.setattr(_timing.time, "perf_counter", lambda: self.host)
-        monkeypatch.setattr(harness, "peak_bytes", lambda run, device: 0)
-
-    def enqueue(self, seconds):
-        while len([e for e in self.ends if e > self.host]) >= self.queue:
-            self.host += 1e-6  # a full queue holds its caller up
-        self.free = max(self.free, self.host) + seconds
-        self.ends.append(self.free)
-
-    def synchronize(self, device=None):
-        self.host = max(self.host, self.free)
-
-    def _sleep(self, cycles):
-        self.enqueue(cycles / 1.8e9)
-
-    def Event(self, enable_timing):
-        device = self
-
-        class Event:
-            def record(self):
-                self.at = max(device.free, device.host)
-
-            def query(self):
-                return self.at <= device.host
-
-            def synchronize(self):
-                device.synchronize()
-
-            def elapsed_time(self, other):
-                return (other.at - self.at) * 1e3
-
-        return Event()
-
-    def contender(self, host, work, launches=1):
-        def run(i):
-            for _ in range(launches):
-                self.host += host / launches
-                self.enqueue(work / launches)
-
-        return Contender(run)
-
-
 def test_queued_samples_time_the_device_and_not_its_caller(monkeypatch):
     device = Device(monkeypatch)
-    contenders = {"slow to launch": device.contender(100e-6, 10e-6), "large": device.contender(100e-6, 400e-6)}
+    monkeypatch.setattr(harness, "peak_bytes", lambda run, device: 0)
+    calls = {"slow to launch": device.call(100e-6, 10e-6), "large": device.call(100e-6, 400e-6)}
+    contenders = {name: Contender(run) for name, run in calls.items()}
     cuda = torch.device("cuda")
     found = interleave(contenders, 3, cuda, 0.02)
     assert found["slow to launch"].median == pytest.approx(100e-6, rel=0.01)  # its caller's
@@ -135,7 +87,9 @@ def test_queued_samples_time_the_device_and_not_its_caller(monkeypatch):
 
 def test_no_more_is_queued_than_a_queue_holds(monkeypatch):
     device = Device(monkeypatch, queue=100)
-    found = interleave({"x": device.contender(100e-6, 10e-6, 30)}, 3, torch.device("cuda"), 0.02, queued=True)
+    monkeypatch.setattr(harness, "peak_bytes", lambda run, device: 0)
+    contender = Contender(device.call(100e-6, 10e-6, 30))
+    found = interleave({"x": contender}, 3, torch.device("cuda"), 0.02, queued=True)
     assert found["x"].median == pytest.approx(10e-6, rel=0.01)
 
 

@@ -98,6 +98,14 @@ def test_a_table_lives_as_long_as_its_weights(random):
     assert len(vectors._TABLES) == before
 
 
+def test_no_more_tables_are_kept_than_weights_take_turns(random):
+    c, weights, biases = heads((2, 5, 7), 2, torch.float32, random)
+    for _ in range(3 * vectors._KEPT):
+        biases[0] = torch.cat([biases[0], biases[0]])[:5]
+        vectors.conditioning(c, weights, biases)
+    assert len(vectors._TABLES[weights[0]]) <= vectors._KEPT
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tiles_stay_off_wgmma(dtype):
     for n in (1, 16, 64):

@@ -106,6 +106,19 @@ def with_a_parametrization(level):
     nn.utils.parametrizations.weight_norm(level[1].adaLN_modulation[1])
 
 
+def with_a_block_that_changes_weights(level):
+    """As offloading and hot-swapping code does it: a forward of its own on the instance, around the class's."""
+    block = level[1]
+    doubled = 2 * block.adaLN_modulation[1].weight.detach()
+
+    def changed(x, c):
+        with torch.no_grad():
+            block.adaLN_modulation[1].weight.copy_(doubled)
+        return type(block).forward(block, x, c)
+
+    block.forward = changed
+
+
 def with_hook_on_the_block(level):
     level[0].register_forward_hook(lambda m, args, out: (args[1].mul_(2), None)[1])
 
@@ -120,10 +133,22 @@ def with_hook_on_the_block(level):
         (with_another_c, 0, False),
         (with_c_changed_in_place, 0, False),
         (with_hook_on_the_block, 0, False),
+        (with_a_block_that_changes_weights, 0, False),
         (lambda level: level[1].adaLN_modulation[1].register_parameter("bias", None), 0, False),
         (lambda level: None, 1, True),
     ],
-    ids=["hook", "linear", "forward", "parametrized", "another c", "c in place", "block's hook", "no bias", "nothing"],
+    ids=[
+        "hook",
+        "linear",
+        "forward",
+        "parametrized",
+        "another c",
+        "c in place",
+        "block's hook",
+        "block's own",
+        "no bias",
+        "nothing",
+    ],
 )
 def test_heads_that_are_not_plain_are_called(change, levels, same):
     network = dk.fuse(model())
@@ -151,6 +176,22 @@ def test_left_to_the_heads_where_more_than_numbers_is_wanted(monkeypatch):
             network.level(level, x, c)
     assert not [row for row in rows if row.entry == "conditioning"]
     assert all(p.grad is not None for p in level[0].adaLN_modulation.parameters())
+
+
+def test_a_block_may_want_gradients_after_all():
+    network = dk.fuse(model())
+    level, x, c = network.latent, torch.randn(2, 32, 1, 2, device=DEVICE), torch.randn(2, 32, device=DEVICE)
+    with dk.backend("triton"), torch.no_grad(), conditioned(level, c), torch.enable_grad():
+        level[0](x, c).sum().backward()
+    assert level[0].adaLN_modulation[1].weight.grad is not None
+
+
+def test_compiled_blocks_do_without():
+    network = dk.fuse(model())
+    network.latent[0].compile(backend="eager")
+    level, x, c = network.latent, torch.randn(2, 32, 1, 2, device=DEVICE), torch.randn(2, 32, device=DEVICE)
+    _, grouped = run(lambda: network.level(level, x, c), ())
+    assert grouped == 0
 
 
 def test_under_torch_compile():
