@@ -37,7 +37,7 @@ class Case:
         stream: dtype of x.
         channels, hidden: of x, and of the first product's output.
         height, width: of x.
-        tf32: whether float32 products may use TF32.
+        tf32: whether the products are float32's and may use TF32.
         saving: whether the call keeps what a backward pass wants.
         recomputing: whether it leaves what is large of that to be computed anew.
     """
@@ -171,7 +171,8 @@ def tunable(branch: str, kernel: Op, *, weight: int, flags: int) -> Op:
         if x.ndim != 4 or x.numel() == 0 or w.ndim == 0 or (backend := owner(x)) is None:
             return kernel(*args)
         table = _STATE.found
-        how, threads = (tf32_products(), *args[-flags:]), torch.get_num_threads()
+        how = (w.dtype == torch.float32 and tf32_products(), *args[-flags:])
+        threads = torch.get_num_threads()
         key = branch, x.shape, w.shape[0], x.dtype, w.dtype, how, x.device, backend, threads
         if _STATE.measure is None and key in table:
             products = table[key]
