@@ -7,7 +7,7 @@ import functools
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -235,7 +235,8 @@ def _guards(dtype: str, training: bool, device: torch.device, freeze: bool, prod
         if products:  # on a GPU strictly: what fell back to plain PyTorch is no measurement of this package
             named = "auto" if products in ("rule", "tuned") else products
             stack.enter_context(backend("auto", strict=device.type == "cuda", products=named))
-            stack.enter_context(nullcontext() if products == "tuned" else ignored())
+            if products != "tuned":
+                stack.enter_context(ignored())
         if training and dtype == "bf16":
             stack.enter_context(torch.autocast(device.type, torch.bfloat16))
         yield

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import statistics
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,8 +19,6 @@ from dico_kernels import _timing
 # is one call unless a call is shorter than a clock can be trusted with.
 _GPU_SAMPLE_S = 0.05
 _CPU_SAMPLE_S = 0.005
-# Of a sample whose calls are queued before the device begins: a queue holds some thousand launches.
-_QUEUED_CALLS = 20
 
 
 @dataclass
@@ -67,22 +64,10 @@ def failed(what: str, error: BaseException) -> str:
 
 
 @dataclass
-class Measurement:
-    """What interleaved timing found for one contender. Times are seconds a call; peak_bytes beyond what was there.
+class Measurement(_timing.Timing):
+    """What interleaved timing found for one contender; peak_bytes beyond what was there."""
 
-    ``failure`` says why there is no time, if the contender failed; the others' times stand. ``host_s``: what a call
-    takes its caller where nobody waits for the device; of queued samples only.
-    """
-
-    samples: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
-    host_s: float | None = None
-    failure: str | None = None
-
-    @property
-    def median(self) -> float:
-        """Median seconds a call."""
-        return statistics.median(self.samples)
 
 
 def relative_error(out: Tensor, truth: Tensor) -> float:
@@ -97,52 +82,24 @@ def interleave(
     sample_s: float | None = None,
     queued: bool = False,
 ) -> dict[str, Measurement]:
-    """Time every contender ``rounds`` times, taking turns, the order rotating by one each round.
-
-    Taking turns lets a drift of the machine's speed fall on all of them alike; rotating keeps any one from always
-    following the same neighbour.
+    """``_timing.interleave`` of contenders, with their peak memory; what fails is shown in full on stderr.
 
     Args:
         contenders: by name.
         rounds: samples of each.
         device: where they run.
         sample_s: seconds a sample lasts at least, if not the device's usual.
-        queued: let a GPU begin when a sample's calls are all queued. What launching costs then shows in ``host_s``
-            alone, and the time is the device's, as in a CUDA graph; else a call that the device does faster than
-            its caller launches it is timed by its caller.
+        queued: time a GPU alone, and what launching costs apart.
     """
     found = {name: Measurement() for name in contenders}
-    calls: dict[str, int] = {}
+
+    def warmed(name: str) -> None:
+        if not contenders[name].graphed:
+            found[name].peak_bytes = peak_bytes(lambda: contenders[name].run(0), device)
+
+    runs = {name: contender.run for name, contender in contenders.items()}
     target = sample_s or (_GPU_SAMPLE_S if device.type == "cuda" else _CPU_SAMPLE_S)
-    queued = queued and device.type == "cuda"
-
-    def attempt(name: str, step: Callable[[], None]) -> None:
-        try:
-            step()
-        except Exception as error:  # whatever it is, the other contenders' times are worth keeping
-            found[name].failure = failed(name, error)
-
-    def warm_up(name: str) -> None:
-        contender = contenders[name]
-        contender.run(0)
-        calls[name] = max(1, round(target / _timing.sample(contender.run, 1, 0, device)))
-        if queued:
-            calls[name], found[name].host_s = _timing.to_queue(contender.run, min(calls[name], _QUEUED_CALLS), device)
-        if not contender.graphed:
-            found[name].peak_bytes = peak_bytes(lambda: contender.run(0), device)
-
-    def sample(name: str, index: int) -> None:
-        hold = _timing.hold_s(calls[name], found[name].host_s)
-        seconds = _timing.sample(contenders[name].run, calls[name], index * calls[name], device, hold)
-        found[name].samples.append(seconds / calls[name])
-
-    for name in contenders:
-        attempt(name, lambda n=name: warm_up(n))  # type: ignore[misc]
-    for index in range(rounds):
-        names = [name for name in contenders if found[name].failure is None]
-        shift = index % max(1, len(names))
-        for name in names[shift:] + names[:shift]:
-            attempt(name, lambda n=name, i=index: sample(n, i))  # type: ignore[misc]
+    _timing.interleave(runs, found, rounds, device, target, queued, failed, warmed)
     return found
 
 

@@ -36,8 +36,13 @@ _EXAMPLES = """examples:
   python -m dico_kernels aot --targets sm_90 --kernels depthwise
   python -m dico_kernels aot --update                           write what was measured as the new budget
 """
-_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
-_TYPES[torch.int64] = "i64"
+_TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.int64: "i64",
+}
 _LDS = 1 << 16  # bytes of an MI300's compute unit
 
 

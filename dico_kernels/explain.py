@@ -106,9 +106,7 @@ def _module_names(model: nn.Module, stack: list[str]) -> Iterator[None]:
 
     By hooks on all modules there are: one that has a hook of its own is called where it would be bypassed.
     """
-    names: dict[nn.Module, str] = {}
-    for name, module in model.named_modules():
-        names.setdefault(module, name)
+    names = {module: name for name, module in model.named_modules()}
 
     def enter(module: nn.Module, *_: Any) -> None:
         if module in names:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import sys
 import warnings
 from collections.abc import Callable, Iterable
@@ -26,7 +25,6 @@ VARIABLE = "DICO_KERNELS_TUNING"
 CANDIDATES = {"triton": ("library", "mixed", "fused"), "native": ("library", "fused")}
 _ROUNDS = 7
 _SAMPLE_S = 0.02
-_QUEUED_CALLS = 20
 # What another choice has to gain: less is not told from chance.
 _GAIN = 0.03
 
@@ -75,45 +73,28 @@ class Tuning(list[TuningRow]):
         return "\n".join(line.rstrip() for line in lines)
 
 
+def _in_words(name: str, error: Exception) -> str:
+    del name
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:120]}"
+
+
+def _indexed(call: Callable[[], object]) -> _timing.Run:
+    return lambda index: call()
+
+
 def fastest(calls: dict[str, Callable[[], object]], device: torch.device) -> tuple[dict[str, float], dict[str, str]]:
-    """Median milliseconds of each call, by turns, and why others failed.
+    """Median milliseconds of each call, by turns, and why others failed, such as a kernel that this device cannot hold.
 
     Args:
         calls: by name; each is called some twenty to a few thousand times.
         device: where they run; on a GPU calls are queued, and the time is the device's own.
     """
-    counts: dict[str, tuple[int, float]] = {}
-    failures: dict[str, str] = {}
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-
-    def attempt(name: str, step: Callable[[Callable[[int], object]], None]) -> None:
-        try:
-            step(lambda _: calls[name]())
-        except Exception as error:  # a kernel that this device cannot hold, say: the others still can
-            lines = str(error).strip().splitlines() or [""]
-            failures[name] = f"{type(error).__name__}: {lines[0][:120]}"
-
-    def warm_up(name: str, run: Callable[[int], object]) -> None:
-        run(0)  # compiles
-        once = min(_timing.sample(run, 1, 0, device) for _ in range(2))
-        count = max(1, round(_SAMPLE_S / max(once, 1e-7)))
-        if device.type == "cuda":
-            counts[name] = _timing.to_queue(run, min(count, _QUEUED_CALLS), device)
-        else:
-            counts[name] = count, 0.0
-
-    def measure(name: str, run: Callable[[int], object]) -> None:
-        count, host = counts[name]
-        samples[name].append(_timing.sample(run, count, 0, device, _timing.hold_s(count, host)) / count)
-
-    for name in calls:
-        attempt(name, lambda run, n=name: warm_up(n, run))  # type: ignore[misc]
-    for index in range(_ROUNDS):
-        names = [name for name in calls if name not in failures]
-        shift = index % max(1, len(names))
-        for name in names[shift:] + names[:shift]:
-            attempt(name, lambda run, n=name: measure(n, run))  # type: ignore[misc]
-    return {n: statistics.median(s) * 1e3 for n, s in samples.items() if n not in failures}, failures
+    found = {name: _timing.Timing() for name in calls}
+    runs = {name: _indexed(call) for name, call in calls.items()}
+    _timing.interleave(runs, found, _ROUNDS, device, _SAMPLE_S, queued=True, describe=_in_words)
+    ms = {name: timing.median * 1e3 for name, timing in found.items() if timing.failure is None}
+    return ms, {name: timing.failure for name, timing in found.items() if timing.failure is not None}
 
 
 def _best(ms: dict[str, float], usual: str) -> str:

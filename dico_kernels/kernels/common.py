@@ -237,17 +237,10 @@ def acc_triton(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if accumulation_dtype(dtype) == torch.float64 else tl.float32
 
 
-_ELEMENTS = {
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
-
-
 def element_triton(dtype: torch.dtype) -> tl.dtype:
     """A tensor type as Triton names it."""
-    return _ELEMENTS[dtype]
+    found: tl.dtype = getattr(tl, str(dtype).removeprefix("torch."))
+    return found
 
 
 def matmul_precision(dtype: torch.dtype) -> str:

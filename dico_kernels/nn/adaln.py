@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dico_kernels.nn._fused import Fused, choose, hooked, promoted, unreadable
-from dico_kernels.ops.conditioning import conditioning
+from dico_kernels.ops.conditioning import at_once, conditioning
 from dico_kernels.reference import dico, fcdm
 from dico_kernels.reference.embed import silu_linear
 from dico_kernels.reference.functional import LN_EPS
@@ -32,7 +32,7 @@ class AdaLNModulation(nn.Sequential):
         super().__init__(*silu_linear(width, chunks))
 
 
-def plain_head(head: Any) -> nn.Linear | None:
+def _plain_head(head: Any) -> nn.Linear | None:
     """The linear layer of a conditioning head that is Linear(SiLU(c)), as built, and nobody listens to; else None."""
     if type(head) not in (nn.Sequential, AdaLNModulation) or len(head) != 2:
         return None
@@ -60,14 +60,14 @@ def conditioned(blocks: Iterable[nn.Module], c: Tensor) -> Iterator[None]:
     hooks or a forward of its own, which might change what is read here, or is compiled and would not look.
     """
     heads: dict[nn.Module, nn.Linear] = {}
-    for block in blocks:
+    for block in blocks if at_once(c) else ():
         head = block._modules.get("adaLN_modulation")
         if hooked(block) or block._compiled_call_impl is not None:
             heads = {}
             break
-        if head is not None and isinstance(block, Fused) and (linear := plain_head(head)) is not None:
+        if head is not None and isinstance(block, Fused) and (linear := _plain_head(head)) is not None:
             heads[head] = linear
-    found = conditioning(c, [m.weight for m in heads.values()], [m.bias for m in heads.values()])
+    found = conditioning(c, [m.weight for m in heads.values()], [m.bias for m in heads.values()]) if heads else None
     before = _GIVEN.by_head
     try:
         if found is not None:
@@ -109,7 +109,7 @@ class FusedFinalLayer(Fused):
     def compute(self, library: ModuleType | None, *inputs: Any) -> Tensor:
         """See Fused."""
         x, c = inputs
-        x, conditioning = promoted(x, modulation(self.adaLN_modulation, c))
+        x, conditioning = promoted(x, self.adaLN_modulation(c))
         shift, scale = conditioning.chunk(2, dim=1)
         h = choose(library, x).adaln_modulate(x, shift, scale, self.fused_eps)
         y: Tensor = self.get_submodule(self.fused_output)(h)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from dico_kernels import ops
 from dico_kernels.nn._fused import Fused, hooked, unreadable
 from dico_kernels.nn.adaln import conditioned
-from dico_kernels.ops.conditioning import at_once
 from dico_kernels.reference import base
 
 
@@ -78,7 +77,7 @@ class FusedUShape(Fused):
 
     def level(self, blocks: nn.ModuleList, x: Tensor, c: Tensor) -> Tensor:
         """See reference.base.UShaped."""
-        if torch.compiler.is_compiling() or not at_once(c):
+        if torch.compiler.is_compiling():
             return super().level(blocks, x, c)  # type: ignore[misc]
         with conditioned(blocks, c):
             return super().level(blocks, x, c)  # type: ignore[misc]

@@ -12,7 +12,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -185,27 +185,28 @@ _BRANCH = _Branch()
 
 
 @contextmanager
-def multiplying(products: str | None) -> Iterator[None]:
-    """Within the context, and in this thread, products are chosen so; None changes nothing."""
-    before, _BRANCH.products = _BRANCH.products, products or _BRANCH.products
+def holding(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Within the context, an attribute has another value."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        _BRANCH.products = before
+        setattr(owner, name, before)
+
+
+def multiplying(products: str | None) -> AbstractContextManager[None]:
+    """Within the context, and in this thread, products are chosen so; None changes nothing."""
+    return holding(_BRANCH, "products", products or _BRANCH.products)
 
 
 def _products() -> str:
     return _BRANCH.products or _SETTING.products
 
 
-@contextmanager
-def recording(record: Callable[[Choice], None]) -> Iterator[None]:
+def recording(record: Callable[[Choice], None]) -> AbstractContextManager[None]:
     """Within the context, every decision is also handed to ``record``."""
-    before, _SETTING.record = _SETTING.record, record
-    try:
-        yield
-    finally:
-        _SETTING.record = before
+    return holding(_SETTING, "record", record)
 
 
 def select(entry: str, x: Tensor) -> Callable[..., Any]:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from dico_kernels import native
 from dico_kernels.dtypes import tf32_products
 from dico_kernels.info import cpu_name
-from dico_kernels.ops._backends import current, multiplying, owner, usual_products
+from dico_kernels.ops._backends import current, holding, multiplying, owner, usual_products
 
 Op = Callable[..., Any]
 
@@ -114,24 +114,14 @@ def chosen(case: Case, images: int) -> str | None:
     return None if best is None else measured[best]
 
 
-@contextmanager
-def measuring(measure: Measure) -> Iterator[None]:
+def measuring(measure: Measure) -> AbstractContextManager[None]:
     """Within the context, every branch that "auto" is to choose for is handed to ``measure`` before it runs."""
-    before, _STATE.measure = _STATE.measure, measure
-    try:
-        yield
-    finally:
-        _STATE.measure = before
+    return holding(_STATE, "measure", measure)
 
 
-@contextmanager
-def ignored() -> Iterator[None]:
+def ignored() -> AbstractContextManager[None]:
     """Within the context, the rule chooses, whatever was measured."""
-    before, _STATE.ignored = _STATE.ignored, True
-    try:
-        yield
-    finally:
-        _STATE.ignored = before
+    return holding(_STATE, "ignored", True)
 
 
 def device_name(device: torch.device) -> str:

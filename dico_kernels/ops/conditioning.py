@@ -38,7 +38,7 @@ def conditioning(c: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor |
     """Linear(SiLU(c)) for each weight and bias, or None where that is to be left to each head.
 
     Args:
-        c: (N, C).
+        c: (N, C), of which at_once holds.
         weights: (K, C) each.
         biases: (K,) each.
 
@@ -46,7 +46,7 @@ def conditioning(c: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor |
         (heads, N, K).
     """
     kernel = optional("conditioning", c)
-    if kernel is None or len(weights) < 2 or not at_once(c):
+    if kernel is None or len(weights) < 2:
         return None
     k = weights[0].shape[0]
     if not all(_readable(w, (k, c.shape[1]), c) for w in weights) or not all(_readable(b, (k,), c) for b in biases):
