@@ -4,9 +4,17 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
 #include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
 
 #include "dico/cpu.h"
+#include "recording.h"
 #ifdef DICO_WITH_CUDA
 #include "dico/cuda.h"
 #endif
@@ -45,6 +53,41 @@ void assign(Value& member, Value value) {
 void assign(void*& member, uintptr_t value) { member = reinterpret_cast<void*>(value); }
 void assign(const void*& member, uintptr_t value) { member = reinterpret_cast<const void*>(value); }
 
+template <class Member, class Owner>
+size_t offset_of(Member Owner::* member) {
+    if constexpr (!std::is_pointer_v<Member>) throw std::invalid_argument("a base for what is not a pointer");
+    static const Owner owner{};
+    return reinterpret_cast<const char*>(&(owner.*member)) - reinterpret_cast<const char*>(&owner);
+}
+
+using MakeStep = std::function<std::unique_ptr<dico::Step>(dico::Dtype, int threads, const py::tuple& values,
+                                                           const std::vector<int>& bases)>;
+
+// By a kernel's name.
+std::map<std::string, MakeStep>& step_makers() {
+    static std::map<std::string, MakeStep> makers;
+    return makers;
+}
+
+// A call of a kernel as a step; values as the call takes them, but distances for the pointers that have a base,
+// which is otherwise negative.
+template <class Args, class... Members, size_t... I>
+std::unique_ptr<dico::Step> make_step(dico::cpu::Kernel<Args> dico::cpu::Kernels::* kernel, dico::Dtype dtype,
+                                      int threads, const py::tuple& values, const std::vector<int>& bases,
+                                      std::index_sequence<I...>, Members... members) {
+    if (values.size() != sizeof...(members) || bases.size() != sizeof...(members))
+        throw std::invalid_argument(std::to_string(values.size()) + " values: expected " +
+                                    std::to_string(sizeof...(members)));
+    Args args{};
+    (assign(args.*members, values[I].template cast<typename Wire<Members>::type>()), ...);
+    std::vector<dico::Place> places;
+    const auto place = [&](auto member, int base) {
+        if (base >= 0) places.push_back({offset_of(member), static_cast<size_t>(base)});
+    };
+    (place(members, bases[I]), ...);
+    return std::make_unique<dico::KernelStep<Args>>(kernel, dtype, threads, args, std::move(places));
+}
+
 // A kernel as a function of dtype, number of threads, and the named members in that order.
 template <class Args, class... Members>
 void bind(py::module_& m, const char* name, dico::cpu::Kernel<Args> dico::cpu::Kernels::* kernel,
@@ -55,6 +98,11 @@ void bind(py::module_& m, const char* name, dico::cpu::Kernel<Args> dico::cpu::K
         (assign(args.*members, values), ...);
         (dico::cpu::kernels().*kernel)(static_cast<dico::Dtype>(dtype), args, threads);
     });
+    step_makers()[name] = [=](dico::Dtype dtype, int threads, const py::tuple& values,
+                              const std::vector<int>& bases) {
+        return make_step<Args>(kernel, dtype, threads, values, bases, std::index_sequence_for<Members...>{},
+                               members...);
+    };
 }
 
 // Images are (images, rows, channels) and divided into blocks of rows.
@@ -177,6 +225,9 @@ PYBIND11_MODULE(_C, m) {
     using CT = dico::AttentionArgs;
     bind(m, "channel_attention", &Kernels::channel_attention, &CT::sums, &CT::weight, &CT::bias, &CT::mean,
          &CT::attention, &CT::images, &CT::channels, &CT::pixels);
+    using CO = dico::ConditioningArgs;
+    bind(m, "conditioning", &Kernels::conditioning, &CO::c, &CO::weights, &CO::biases, &CO::activated, &CO::y,
+         &CO::heads, &CO::images, &CO::inputs, &CO::outputs);
 
     m.def("packed_size", [](int dtype, int64_t outputs, int64_t inputs) {
         return dico::cpu::kernels().packed_size(static_cast<dico::Dtype>(dtype), outputs, inputs);
@@ -194,6 +245,18 @@ PYBIND11_MODULE(_C, m) {
               &PW::before, &PW::y, &PW::squares, &PW::partial, &PW::scratch, &PW::outputs, &PW::then_outputs,
               &PW::parts, &PW::gelu, &PW::shift_stride, &PW::scale_stride, &PW::gate_stride, &PW::eps,
               &PW::wide_stream);
+
+    py::class_<dico::Recording>(m, "Recording")
+        .def(py::init<size_t>())
+        .def("add",
+             [](dico::Recording& self, const std::string& kernel, int dtype, int threads, const py::tuple& values,
+                const std::vector<int>& bases) {
+                 for (const int base : bases)
+                     if (base >= static_cast<int>(self.bases())) throw std::invalid_argument("no such base");
+                 self.add(step_makers().at(kernel)(static_cast<dico::Dtype>(dtype), threads, values, bases));
+             })
+        .def("run", &dico::Recording::run, py::call_guard<py::gil_scoped_release>())
+        .def("__len__", &dico::Recording::size);
 
 #ifdef DICO_WITH_CUDA
     m.def("adaln_modulate_cuda",

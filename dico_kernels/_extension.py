@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import importlib
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -85,6 +86,23 @@ def build() -> dict[str, Any]:
     return dict(extension().build())
 
 
+class Recorder(Protocol):
+    """Who wants to know what the kernels are called with."""
+
+    def called(self, kernel: str, dtype: int, threads: int, args: tuple[Tensor | float | None, ...]) -> None:
+        """A kernel has run."""
+
+    def used(self, scratch: Tensor, size: int) -> None:
+        """So many bytes of a buffer are scratch, whose contents nobody wants."""
+
+
+class _Watch(threading.local):
+    recorder: Recorder | None = None
+
+
+WATCH = _Watch()
+
+
 def call(kernel: str, x: Tensor, *args: Tensor | float | None, dtype: torch.dtype | None = None) -> None:
     """Run a kernel of the extension in x's dtype, or another; tensors go as pointers, None as a null one.
 
@@ -97,4 +115,7 @@ def call(kernel: str, x: Tensor, *args: Tensor | float | None, dtype: torch.dtyp
     if not x.is_cpu:
         raise RuntimeError(f"{kernel}: the native kernel runs on cpu only, and the input is on {x.device}")
     values = [v if isinstance(v, (int, float)) else 0 if v is None else v.data_ptr() for v in args]
-    getattr(_C, kernel)(DTYPES[dtype or x.dtype], torch.get_num_threads(), *values)
+    number, threads = DTYPES[dtype or x.dtype], torch.get_num_threads()
+    getattr(_C, kernel)(number, threads, *values)
+    if WATCH.recorder is not None:
+        WATCH.recorder.called(kernel, number, threads, args)

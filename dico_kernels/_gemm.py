@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dico_kernels._extension import available, call, extension
+from dico_kernels._extension import WATCH, available, call, extension
 from dico_kernels._memory import DTYPES, dense, image, kind, reduced, vector, wide_stream
 from dico_kernels._packed import packed
 from dico_kernels.dtypes import accumulation_dtype
@@ -44,10 +44,12 @@ class _Scratch(threading.local):
         if self.bytes.numel() < size:
             with torch.inference_mode(False):
                 self.bytes = torch.empty(size, dtype=torch.uint8, device="cpu")
+        if WATCH.recorder is not None:
+            WATCH.recorder.used(self.bytes, size)
         return self.bytes
 
 
-_SCRATCH = _Scratch()
+SCRATCH = _Scratch()
 
 
 def _block_rows(images: int, rows: int, inputs: int, size: int) -> int:
@@ -188,7 +190,7 @@ def pointwise(
         second, then_bias = factor(then[0], frozen), then[1]
     hidden = 0 if then is None else outputs
     size = extension().pointwise_scratch(DTYPES[dtype], threads, c, hidden, block)
-    scratch = _SCRATCH.of(size)
+    scratch = SCRATCH.of(size)
     call(
         "pointwise", x, n, h * w, c, block, x, matrix, bias, shift, scale, mean, rstd, s, plus, second, then_bias, gate,
         residual, before, y, sums, partial, scratch, outputs, last, parts, int(gelu), *strides, gate_stride, eps, wide,

@@ -27,6 +27,11 @@ class _Packed:
     storage: StorageWeakRef  # while it is held, no other storage has its address: another's memory may have had
 
 
+class _Count:
+    value = 0
+
+
+_COUNT = _Count()
 _PACKED: MutableMapping[Tensor, _Packed] = WeakIdKeyDictionary()
 
 
@@ -43,13 +48,26 @@ def keep(weight: Tensor, reorder: Callable[[Tensor], Tensor], form: str = ONEDNN
     with torch.no_grad():
         tensor = reorder(weight.detach())
     storage = StorageWeakRef(weight.untyped_storage())  # type: ignore[no-untyped-call]
+    _COUNT.value += 1
     _PACKED[weight] = _Packed(tensor, form, weight.dtype, weight._version, weight.data_ptr(), storage)
     return True
 
 
 def forget(weight: Tensor) -> None:
     """Undo keep."""
+    _COUNT.value += 1
     _PACKED.pop(weight, None)
+
+
+def kept_of(weight: Tensor) -> Tensor | None:
+    """What is kept of a weight, in whatever layout, whether it may be used or not."""
+    kept = _PACKED.get(weight) if _PACKED else None
+    return None if kept is None else kept.tensor
+
+
+def generation() -> int:
+    """A number that changes whenever something is kept or forgotten."""
+    return _COUNT.value
 
 
 def packed(weight: Tensor, form: str = ONEDNN) -> Tensor | None:

@@ -20,6 +20,7 @@ from torch import nn
 from dico_kernels._candidates import UnfitError, nominate
 from dico_kernels._probe import TOLERANCE, Proof, prove
 from dico_kernels.nn._fused import Fused
+from dico_kernels.nn._state import forget
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -256,6 +257,7 @@ def unfuse(model: Model) -> Model:
         if "fused_original" not in type(module).__dict__:
             raise RuntimeError(f"{name or 'model'} was wrapped after fuse ({type(module).__name__}): unfuse before")
     for _, module in swapped:
+        forget(module)
         module.__class__ = type(module).fused_original
     return model
 

@@ -24,6 +24,8 @@ from dico_kernels._gemm import pointwise as pointwise
 from dico_kernels._linear import from_rows, linear, rows
 from dico_kernels._memory import DTYPES, dense, image, kind, like, reduced, row_blocks, vector, wide_stream
 from dico_kernels._packed import ONEDNN, packed
+from dico_kernels._vectors import channel_attention as channel_attention
+from dico_kernels._vectors import conditioning as conditioning
 from dico_kernels.dtypes import accumulation_dtype
 
 # ---- adaLN and the gated residual: csrc/cpu/adaln.h ----
@@ -261,26 +263,6 @@ def grn_scale(squares: Tensor, gamma: Tensor, eps: float) -> tuple[Tensor, Tenso
     norm, s = torch.empty_like(squares), torch.empty_like(squares)
     call("grn_scale", squares, squares, gamma, norm, s, n, c, eps, dtype=gamma.dtype)
     return norm, s
-
-
-# ---- channel attention's gate: csrc/cpu/attention.h ----
-
-
-def channel_attention(sums: Tensor, pixels: int, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(mean, sigmoid(W mean + b)) of mean = sums / pixels, each (N, C) in the accumulation dtype; W (C, C), b (C,)."""
-    n, c = sums.shape
-    if weight.dtype not in DTYPES:
-        raise ValueError(f"weight has dtype {weight.dtype}: expected a floating dtype")
-    wide = accumulation_dtype(weight.dtype)
-    dense("sums", sums, (n, c), wide, sums.device)
-    dense("weight", weight, (c, c), weight.dtype, sums.device)
-    if bias is not None:
-        dense("bias", bias, (c,), weight.dtype, sums.device)
-    if pixels < 1:
-        raise ValueError(f"pixels={pixels}: expected at least 1")
-    mean, attention = torch.empty_like(sums), torch.empty_like(sums)
-    call("channel_attention", sums, sums, weight, bias, mean, attention, n, c, pixels, dtype=weight.dtype)
-    return mean, attention
 
 
 # ---- depthwise convolution: csrc/cpu/depthwise.h ----

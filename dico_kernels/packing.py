@@ -12,30 +12,27 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from dico_kernels import _gemm
 from dico_kernels._linear import linear
 from dico_kernels._packed import ONEDNN, forget, keep, packed
+from dico_kernels.nn import _state
 from dico_kernels.nn._fused import Fused
 from dico_kernels.ops._backends import multiplies_natively
+from dico_kernels.ops._library import only_numbers
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def _usable(x: Any, weight: Tensor) -> bool:
     """Whether a call may use a packed weight: without gradients, and not where others look on."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor:
-        return False
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return False
-    if torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > 0:
-        return False
-    return x.is_cpu and x.dtype == weight.dtype and x.numel() > 0 and not torch.is_autocast_enabled("cpu")
+    return only_numbers(x) and x.is_cpu and x.dtype == weight.dtype and x.numel() > 0
 
 
 class PackedConv2d(nn.Conv2d):
     """An nn.Conv2d that pack() found: on its packed weight where that is valid and no gradient is wanted."""
+
+    plain_class = nn.Conv2d
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, K, H', W')."""
@@ -50,6 +47,8 @@ class PackedConv2d(nn.Conv2d):
 class PackedLinear(nn.Linear):
     """An nn.Linear that pack() found: on its packed weight where that is valid and no gradient is wanted."""
 
+    plain_class = nn.Linear
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., K)."""
         if not _usable(x, self.weight):
@@ -59,9 +58,6 @@ class PackedLinear(nn.Linear):
         if kept is None:
             return super().forward(x)
         return _gemm.linear(x, self.weight, self.bias, kept) if own else linear(x, kept, self.bias)
-
-
-_PLAIN: dict[type[nn.Module], type[nn.Module]] = {PackedConv2d: nn.Conv2d, PackedLinear: nn.Linear}
 
 
 def _matrix(weight: Tensor) -> Tensor:
@@ -153,7 +149,8 @@ def unpack(model: Model) -> Model:
         The model itself.
     """
     for module in model.modules():
-        module.__class__ = _PLAIN.get(type(module), type(module))
+        _state.forget(module)
+        module.__class__ = getattr(type(module), "plain_class", type(module))
         for parameter in module._parameters.values():
             if parameter is not None:
                 forget(parameter)

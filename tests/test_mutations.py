@@ -241,6 +241,51 @@ BUGS["packed though changed"] = (
     "now = kept.version, weight",
     "tests/test_packing.py -k stale",
 )
+RECORDED = "tests/nn/test_recorded.py"
+BUGS |= {
+    "a recording of weights that changed": (
+        "nn/_state.py",
+        "self._stamp != self._weights_now()",
+        "False",
+        f"{RECORDED} -k every_change",
+    ),
+    "a recording of weights packed before": (
+        "nn/_state.py",
+        "tuned_generation(), packed_generation()),",
+        "tuned_generation()),",
+        f"{RECORDED} -k packed_anew",
+    ),
+    "hooks not looked for": (
+        "nn/_state.py",
+        "self._sizes = [*dicts, *self._hooks]",
+        "self._sizes = dicts",
+        f"{RECORDED} -k every_change",
+    ),
+    "a copy that believes to be the original": (
+        "nn/_state.py",
+        "self._owner() is module and",
+        "",
+        f"{RECORDED} -k copies",
+    ),
+    "memory between kernels given twice": (
+        "_recording.py",
+        "if other.first <= m.last and m.first <= other.last:",
+        "if False:",
+        "tests/native/test_recording.py -k other_inputs",
+    ),
+    "an input's address kept": (
+        "_recording.py",
+        "(_INPUTS + i, x.data_ptr())",
+        "(-1, 0)",
+        "tests/native/test_recording.py -k other_inputs",
+    ),
+    "operations that kernels did not do": (
+        "_recording.py",
+        'self.refusal = self.refusal or f"it calls {func}"',
+        "pass",
+        "tests/native/test_recording.py -k refused",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", BUGS)

@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import dico_kernels as dk
 from dico_kernels import _gemm, _packed, native, packing
+from dico_kernels.nn.pixel_shuffle import FusedUShape
 from dico_kernels.ops import pointwise
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs a torch with oneDNN")
@@ -61,6 +62,8 @@ def test_same_results(name, dtype, used):
             assert dk.pack(model) is model
             again, packed, left = used(lambda: model(*inputs))
         layers = sum(isinstance(m, (packing.PackedConv2d, packing.PackedLinear)) for m in model.modules())
+        if isinstance(model, FusedUShape):  # the heads of a level's blocks are computed at once, unpacked
+            layers -= sum(len(m) for m in model.children() if isinstance(m, nn.ModuleList) and len(m) > 1)
         assert layers > 10
         assert (packed, left) == (products + layers, 0)
         assert rel_rms(again, plain) <= (1e-6 if dtype == torch.float32 else 4e-3)

@@ -1,5 +1,6 @@
-// Channel attention's gate of a few images, sigmoid(W mean + b): little but reading W once, for which a matrix
-// product is not made. Included inside the namespace of one instruction set.
+// Products of a few vectors, one an image: channel attention's gate, sigmoid(W mean + b), and the conditioning of
+// blocks, W silu(c) + b. Little but reading W once, for which a matrix product is not made. Included inside the
+// namespace of one instruction set.
 
 // 1 / (1 + exp(-x)), from exp(-|x|), which does not overflow.
 DICO_INLINE vfloat sigmoid(vfloat x) {
@@ -13,57 +14,94 @@ DICO_INLINE vdouble sigmoid(vdouble x) {
     return x;
 }
 
-// S images by R outputs: what is loaded of the weight serves S images, of the means R outputs.
-template <int S, int R, class T, class A>
-DICO_INLINE void attention_tile(const T* weight, const A* mean, const T* bias, A* out, int64_t channels) {
+// emit(image, logits of R outputs) for S images: what is loaded of the weight serves S images, of the vectors R
+// outputs.
+template <int S, int R, class T, class V, class Emit>
+DICO_INLINE void vectors_tile(const T* weight, const V* vectors, const T* bias, int64_t inputs, Emit emit) {
+    using A = acc_t<T>;
     vec_t<T> sums[S][R] = {};
-    each_vector<T>(channels, [&](int64_t c, auto lanes) {
+    each_vector<T>(inputs, [&](int64_t c, auto lanes) {
         vec_t<T> w[R];
-        for (int r = 0; r < R; ++r) w[r] = vload(weight + r * channels + c, lanes);
+        for (int r = 0; r < R; ++r) w[r] = vload(weight + r * inputs + c, lanes);
         for (int s = 0; s < S; ++s) {
-            const vec_t<T> v = vload(mean + s * channels + c, lanes);
+            const vec_t<T> v = vload(vectors + s * inputs + c, lanes);
             for (int r = 0; r < R; ++r) sums[s][r] += w[r] * v;
         }
     });
     for (int s = 0; s < S; ++s) {
         A logits[kLanes<T>] = {};
         for (int r = 0; r < R; ++r) logits[r] = sum_of(sums[s][r]) + (bias ? load(bias + r) : A{});
-        vstore(out + s * channels, sigmoid(vload(logits)), R);
+        emit(s, vload(logits));
     }
+}
+
+// Outputs of a weight that are one unit of work.
+constexpr int kVectorBlock = 32;
+
+// emit(image, output, R, logits of R outputs) for the outputs of a block.
+template <class T, class V, class Emit>
+DICO_INLINE void vectors_block(const T* weight, const V* vectors, const T* bias, int64_t images, int64_t inputs,
+                               int64_t outputs, int64_t block, Emit emit) {
+    constexpr int kOutputs = kGroup < kLanes<T> ? kGroup : kLanes<T>;
+    const int64_t first = block * kVectorBlock;
+    const int64_t end = first + kVectorBlock < outputs ? first + kVectorBlock : outputs;
+    const auto some = [&](int64_t k, auto count) {
+        constexpr int R = decltype(count)::value;
+        each_group(0, images, [&](int64_t n, auto group) {
+            vectors_tile<decltype(group)::value, R>(weight + k * inputs, vectors + n * inputs,
+                                                    bias ? bias + k : nullptr, inputs,
+                                                    [&](int s, vec_t<T> logits) { emit(n + s, k, R, logits); });
+        });
+    };
+    int64_t k = first;
+    for (; k + kOutputs <= end; k += kOutputs) some(k, Count<kOutputs>{});
+    for (; k < end; ++k) some(k, Count<1>{});
 }
 
 template <class T>
 static void channel_attention_typed(const AttentionArgs& a, int threads) {
     using A = acc_t<T>;
-    constexpr int kBlock = 32;
-    constexpr int kOutputs = kGroup < kLanes<T> ? kGroup : kLanes<T>;
-    const T* weight = static_cast<const T*>(a.weight);
-    const T* bias = static_cast<const T*>(a.bias);
     const A* sums = static_cast<const A*>(a.sums);
     A* mean = static_cast<A*>(a.mean);
     A* out = static_cast<A*>(a.attention);
     for (int64_t i = 0; i < a.images * a.channels; ++i) mean[i] = sums[i] / static_cast<A>(a.pixels);
-    const int64_t blocks = (a.channels + kBlock - 1) / kBlock;
+    const int64_t blocks = (a.channels + kVectorBlock - 1) / kVectorBlock;
     [[maybe_unused]] const bool large = a.images * a.channels * a.channels >= 1 << 16;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && large)
-    for (int64_t block = 0; block < blocks; ++block) {
-        const int64_t first = block * kBlock;
-        const int64_t end = first + kBlock < a.channels ? first + kBlock : a.channels;
-        const auto outputs = [&](int64_t k, auto count) {
-            constexpr int R = decltype(count)::value;
-            const auto images = [&](int64_t n, auto group) {
-                attention_tile<decltype(group)::value, R>(weight + k * a.channels, mean + n * a.channels,
-                                                          bias ? bias + k : nullptr, out + n * a.channels + k,
-                                                          a.channels);
-            };
-            each_group(0, a.images, images);
-        };
-        int64_t k = first;
-        for (; k + kOutputs <= end; k += kOutputs) outputs(k, Count<kOutputs>{});
-        for (; k < end; ++k) outputs(k, Count<1>{});
+    for (int64_t block = 0; block < blocks; ++block)
+        vectors_block(static_cast<const T*>(a.weight), mean, static_cast<const T*>(a.bias), a.images, a.channels,
+                      a.channels, block, [&](int64_t n, int64_t k, int count, vec_t<T> logits) {
+                          vstore(out + n * a.channels + k, sigmoid(logits), count);
+                      });
+}
+
+template <class T>
+static void conditioning_typed(const ConditioningArgs& a, int threads) {
+    const T* c = static_cast<const T*>(a.c);
+    const int64_t* weights = static_cast<const int64_t*>(a.weights);
+    const int64_t* biases = static_cast<const int64_t*>(a.biases);
+    T* activated = static_cast<T*>(a.activated);
+    T* y = static_cast<T*>(a.y);
+    each_vector<T>(a.images * a.inputs, [&](int64_t i, auto lanes) {
+        const vec_t<T> v = vload(c + i, lanes);
+        vstore(activated + i, v * sigmoid(v), lanes);
+    });
+    const int64_t blocks = (a.outputs + kVectorBlock - 1) / kVectorBlock;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t unit = 0; unit < a.heads * blocks; ++unit) {
+        const int64_t head = unit / blocks;
+        T* const out = y + head * a.images * a.outputs;
+        vectors_block(reinterpret_cast<const T*>(weights[head]), activated,
+                      reinterpret_cast<const T*>(biases[head]), a.images, a.inputs, a.outputs, unit % blocks,
+                      [&](int64_t n, int64_t k, int count, vec_t<T> logits) {
+                          vstore(out + n * a.outputs + k, logits, count);
+                      });
     }
 }
 
 static void channel_attention(Dtype dtype, const AttentionArgs& a, int threads) {
     by_dtype(dtype, [&](auto tag) { channel_attention_typed<typename decltype(tag)::type>(a, threads); });
+}
+static void conditioning(Dtype dtype, const ConditioningArgs& a, int threads) {
+    by_dtype(dtype, [&](auto tag) { conditioning_typed<typename decltype(tag)::type>(a, threads); });
 }

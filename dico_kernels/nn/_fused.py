@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from dico_kernels import ops
+from dico_kernels.nn._state import forget, is_unchanged, remember
 from dico_kernels.ops._checks import DTYPES
 from dico_kernels.reference import functional
 
@@ -98,6 +99,21 @@ class Fused(nn.Module):
             if not sharded and (reason := unreadable(layer)):
                 return f"{name}.{reason}"
         return None if sharded else unreadable(self)
+
+    def runs_fused(self) -> bool:
+        """Whether the fused forward is to run now: as why_unfused says, or nothing has changed since it said so."""
+        if not torch.compiler.is_compiling() and is_unchanged(self):
+            return True
+        if self.why_unfused() is not None:
+            return False
+        if not torch.compiler.is_compiling():
+            layers = (find(self, path) for path, *_ in self.fused_layout)
+            remember(self, tuple(layer for layer in layers if layer is not None))
+        return True
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        forget(self)  # recordings hold on to the weights they read
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def compute(self, library: ModuleType | None, *inputs: Any) -> Tensor:
         """The forward by the functions of a library, dico_kernels.ops or reference.functional; None chooses."""

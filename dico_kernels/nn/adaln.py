@@ -37,7 +37,7 @@ def _plain_head(head: Any) -> nn.Linear | None:
     if type(head) not in (nn.Sequential, AdaLNModulation) or len(head) != 2:
         return None
     silu, linear = head
-    if type(silu) is not nn.SiLU or type(linear) is not nn.Linear:
+    if type(silu) is not nn.SiLU or getattr(type(linear), "plain_class", type(linear)) is not nn.Linear:
         return None
     return None if any(hooked(m) or unreadable(m) for m in (head, silu, linear)) else linear
 
@@ -102,7 +102,7 @@ class FusedFinalLayer(Fused):
 
     def forward(self, x: Tensor, c: Any) -> Tensor:
         """X (N, C, H, W), c what adaLN_modulation takes -> (N, out_channels, H, W)."""
-        if self.why_unfused() is not None:
+        if not self.runs_fused():
             return super().forward(x, c)
         return self.compute(None, x, c)
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from dico_kernels.nn._fused import Fused, Layout, choose, find, promoted
+from dico_kernels.nn._state import recorded
 from dico_kernels.nn.adaln import modulation
 from dico_kernels.nn.grn import affine
 from dico_kernels.reference import dico, fcdm
@@ -53,14 +54,16 @@ class FusedDiCoBlock(Fused):
 
     def forward(self, x: Tensor, c: Any) -> Tensor:
         """Apply the block: x (N, C, H, W), c what adaLN_modulation takes -> (N, C, H, W), channels_last."""
-        if self.why_unfused() is not None:
+        if not self.runs_fused():
             return super().forward(x, c)
-        return self.compute(None, x, c)
+        return recorded(self, self._branches, *promoted(x, modulation(self.adaLN_modulation, c)))
 
     def compute(self, library: ModuleType | None, *inputs: Any) -> Tensor:
         """See Fused."""
         x, c = inputs
-        x, conditioning = promoted(x, modulation(self.adaLN_modulation, c))
+        return self._branches(*promoted(x, modulation(self.adaLN_modulation, c)), library)
+
+    def _branches(self, x: Tensor, conditioning: Tensor, library: ModuleType | None = None) -> Tensor:
         f = choose(library, x)
         shift1, scale1, gate1, shift2, scale2, gate2 = conditioning.chunk(6, dim=1)
         x = f.conv_half(
@@ -102,7 +105,7 @@ class FusedPlainDiCoBlock(FusedDiCoBlock):
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Apply the block: (N, C, H, W) -> same, channels_last."""
-        if self.why_unfused() is not None:
+        if not self.runs_fused():
             return super(FusedDiCoBlock, self).forward(x)
         return self.compute(None, x)
 
@@ -149,14 +152,16 @@ class FusedFCDMBlock(Fused):
 
     def forward(self, x: Tensor, c: Any) -> Tensor:
         """Apply the block: x (N, C, H, W), c what adaLN_modulation takes -> (N, C, H, W), channels_last."""
-        if self.why_unfused() is not None:
+        if not self.runs_fused():
             return super().forward(x, c)
-        return self.compute(None, x, c)
+        return recorded(self, self._branch, *promoted(x, modulation(self.adaLN_modulation, c)))
 
     def compute(self, library: ModuleType | None, *inputs: Any) -> Tensor:
         """See Fused."""
         x, c = inputs
-        x, conditioning = promoted(x, modulation(self.adaLN_modulation, c))
+        return self._branch(*promoted(x, modulation(self.adaLN_modulation, c)), library)
+
+    def _branch(self, x: Tensor, conditioning: Tensor, library: ModuleType | None = None) -> Tensor:
         f = choose(library, x)
         shift, scale, gate = conditioning.chunk(3, dim=1)
         gamma, beta = affine(self.grn, self.fused_affine)

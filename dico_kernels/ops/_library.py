@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.library import Library
 
+from dico_kernels._recording import is_recording
+
 NAMESPACE = "dico_kernels"
 _LIB = Library(NAMESPACE, "DEF")
 _AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
@@ -61,7 +63,24 @@ def register(
         for device, key in _AUTOCAST_KEYS.items():
             _LIB.impl(name, _autocast(op, device, key, autocast), key)
     # In the kernel, too: torch.func.jvp strips tangents before the kernel, a caller of torch.ops skips this one.
-    return _refuse_forward_mode(name, op)
+    checked = _refuse_forward_mode(name, op)
+
+    def call(*args: Any) -> Any:
+        # Who records wants to see what the kernel does, and has made sure that nothing else takes part.
+        return kernel(*args) if not torch.compiler.is_compiling() and is_recording() else checked(*args)
+
+    return call
+
+
+def only_numbers(x: Any) -> bool:
+    """Whether a call on x is for its numbers alone: no gradients or autocast, and nobody traces or transforms it."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
+        return False
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    if torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > int(is_recording()):
+        return False
+    return not torch.is_autocast_enabled(x.device.type)
 
 
 def _autocast(op: Op, device: str, key: str, policy: str) -> Op:

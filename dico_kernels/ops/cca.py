@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dico_kernels._vectors import FEW
 from dico_kernels.dtypes import accumulation_dtype
 from dico_kernels.ops import _checks as check
 from dico_kernels.ops._backends import note_optional, optional, select
@@ -24,7 +25,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 # Images up to which a kernel of our own is faster than a product and the small steps around it: measured on AVX-512
 # cores; on a GPU some four tiles, which read the weights again from its cache.
-_FEW_IMAGES = {"cpu": 8, "cuda": 64}
+_FEW_IMAGES = {"cpu": FEW, "cuda": 64}
 
 
 def attention_of(sums: Tensor, pixels: int, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from dico_kernels.ops._backends import note_optional, optional
+from dico_kernels.ops._library import only_numbers
 
 # Vectors up to which a launch for all heads is worth more than the library's rate on each.
 _FEW = 64
@@ -19,13 +19,9 @@ _FEW = 64
 
 def at_once(c: Tensor) -> bool:
     """Whether a backend computes in one kernel what a level's heads make of c, and numbers are all that is wanted."""
-    if torch.is_grad_enabled() or type(c) is not Tensor or c.ndim != 2 or not 0 < c.shape[0] <= _FEW:
+    if not only_numbers(c) or c.ndim != 2 or not 0 < c.shape[0] <= _FEW:
         return False
-    if optional("conditioning", c) is None or torch.is_autocast_enabled(c.device.type):
-        return False
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return False
-    return torch._C._get_tracing_state() is None and torch._C._len_torch_dispatch_stack() == 0
+    return optional("conditioning", c) is not None
 
 
 def _readable(v: Tensor | None, shape: tuple[int, ...], c: Tensor) -> bool:

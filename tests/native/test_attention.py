@@ -1,4 +1,4 @@
-"""Channel attention's gate on every instruction set, against float64."""
+"""Channel attention's gate and the conditioning of blocks on every instruction set, against float64."""
 
 from __future__ import annotations
 
@@ -57,3 +57,47 @@ def test_bad_arguments_are_named():
     }.items():
         with pytest.raises(ValueError, match=named):
             call()
+
+
+# heads, images, inputs, outputs: one of each, odd numbers of all, more than a block of outputs
+HEADS = [(1, 1, 1, 1), (2, 3, 17, 5), (3, 8, 40, 100), (2, 4, 33, 64)]
+
+
+@pytest.mark.parametrize("case", HEADS, ids=str)
+def test_conditioning_against_float64(isa, case, dtype):
+    heads, n, inputs, outputs = case
+    c = torch.randn(n, inputs).to(dtype) * 3
+    weights = [(torch.randn(outputs, inputs, dtype=torch.float64) / inputs**0.5).to(dtype) for _ in range(heads)]
+    biases = [torch.randn(outputs).to(dtype) for _ in range(heads)]
+    y = native.conditioning(c, weights, biases)
+    # As the modules compute it: SiLU's output has c's dtype.
+    activated = torch.nn.functional.silu(c.double()).to(dtype).double()
+    truth = torch.stack([activated @ w.double().t() + b.double() for w, b in zip(weights, biases, strict=True)])
+    assert (y.shape, y.dtype) == (truth.shape, dtype)
+    limit = {torch.float64: 1e-14, torch.float32: 5e-7, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
+    assert rel_rms(y, truth) <= limit
+
+
+def test_conditioning_of_more_vectors_is_left_to_the_product():
+    weight, bias = torch.randn(4, 3), torch.randn(4)
+    assert native.conditioning(torch.randn(8, 3), [weight], [bias]) is not None
+    assert native.conditioning(torch.randn(9, 3), [weight], [bias]) is None
+
+
+def test_conditioning_has_the_same_bits_on_any_number_of_threads(isa, same_bits):
+    c, weights, biases = torch.randn(4, 50), [torch.randn(150, 50) for _ in range(3)], [torch.randn(150)] * 3
+    same_bits(lambda: native.conditioning(c, weights, biases))
+
+
+def test_bad_arguments_of_conditioning_are_named():
+    c, weight, bias = torch.randn(2, 3), torch.randn(4, 3), torch.randn(4)
+    for named, args in {
+        "c has dtype": (c.int(), [weight], [bias]),
+        "c has shape": (torch.randn(3, 2).t(), [weight], [bias]),
+        "weight has shape": (c, [weight, weight[:, :2]], [bias, bias]),
+        "weight is": (c, [weight.double()], [bias]),
+        "bias has shape": (c, [weight], [bias[:3]]),
+        "bias is": (c, [weight], [bias.bfloat16()]),
+    }.items():
+        with pytest.raises(ValueError, match=named):
+            native.conditioning(*args)

@@ -206,6 +206,16 @@ struct AttentionArgs {
     int64_t images, channels, pixels;
 };
 
+// y[head] = W silu(c) + b with the head's W (outputs, inputs) and b (outputs); y (heads, images, outputs).
+struct ConditioningArgs {
+    const void* c;        // (images, inputs)
+    const void* weights;  // (heads) addresses, as int64_t
+    const void* biases;
+    void* activated;  // silu(c)
+    void* y;
+    int64_t heads, images, inputs, outputs;
+};
+
 // W (outputs, inputs), in any strides, as pointwise takes it.
 struct PackArgs {
     const void* weight;

@@ -1,0 +1,212 @@
+"""Calls of native kernels, recorded and made again: what a forward on the CPU does, without the Python that decides it.
+
+A function of tensors is run once and watched: every kernel it calls, every tensor it makes, and that it computes in no
+other way. If all it does is call kernels, those calls are kept with their arguments, each pointer as a distance from
+what changes from call to call: the inputs, the output, the memory between them, which one block holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dico_kernels._extension import WATCH, extension
+from dico_kernels._gemm import SCRATCH
+from dico_kernels._packed import kept_of
+
+_MAKES_MEMORY = {
+    torch.ops.aten.empty,
+    torch.ops.aten.empty_like,
+    torch.ops.aten.empty_strided,
+    torch.ops.aten.new_empty,
+    torch.ops.aten.new_empty_strided,
+}
+# Bases of pointers; the inputs follow.
+_BETWEEN, _OUTPUT, _SCRATCHED, _INPUTS = range(4)
+_ALIGNED = 64
+
+
+@dataclass
+class _Memory:
+    """Memory that the function made, where it is to lie in the block, and the calls between which it is in use."""
+
+    tensor: Tensor
+    size: int
+    first: int = -1
+    last: int = -1
+    offset: int = 0
+
+    @property
+    def end(self) -> int:
+        return self.offset + -(-self.size // _ALIGNED) * _ALIGNED
+
+
+@dataclass
+class _Call:
+    kernel: str
+    dtype: int
+    threads: int
+    args: tuple[Tensor | float | None, ...]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A function's calls of kernels, for inputs of the shapes, strides and dtypes that it was recorded with.
+
+    Attributes:
+        steps: the calls.
+        between: bytes of the memory between inputs and output.
+        scratch: bytes of this thread's scratch.
+        output: size, stride and dtype of what it returns.
+        weights: tensors that the steps read where they lie, and that must therefore outlive them.
+    """
+
+    steps: Any
+    between: int
+    scratch: int
+    output: tuple[torch.Size, tuple[int, ...], torch.dtype]
+    weights: list[Tensor]
+
+    def replay(self, *inputs: Tensor) -> Tensor:
+        """The function of other inputs."""
+        size, stride, dtype = self.output
+        out = torch.empty_strided(size, stride, dtype=dtype, device="cpu")
+        between = torch.empty(self.between, dtype=torch.uint8, device="cpu")
+        scratch = SCRATCH.of(self.scratch)
+        self.steps.run((between.data_ptr(), out.data_ptr(), scratch.data_ptr(), *(x.data_ptr() for x in inputs)))
+        return out
+
+
+def _storage(t: Tensor) -> int:
+    return t.untyped_storage().data_ptr()
+
+
+class _RefusedError(Exception):
+    """Why a function cannot be recorded."""
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Watches a function; ``refusal`` says what it did beside calling kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.refusal: str | None = None
+        self.calls: list[_Call] = []
+        self.made: dict[int, _Memory] = {}
+        self.scratch: dict[int, Tensor] = {}
+        self.scratch_size = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        given, results = _storages((args, kwargs)), _storages(found)
+        if func.overloadpacket in _MAKES_MEMORY:
+            # It is held, so that no other gets its address.
+            self.made[_storage(found)] = _Memory(found, found.untyped_storage().nbytes())
+        elif func._schema.is_mutable or not results or not results <= given:
+            self.refusal = self.refusal or f"it calls {func}"
+        return found
+
+    def called(self, kernel: str, dtype: int, threads: int, args: tuple[Tensor | float | None, ...]) -> None:
+        """See _extension.Recorder."""
+        self.calls.append(_Call(kernel, dtype, threads, args))
+
+    def used(self, scratch: Tensor, size: int) -> None:
+        """See _extension.Recorder."""
+        self.made.pop(_storage(scratch), None)
+        self.scratch[_storage(scratch)] = scratch
+        self.scratch_size = max(self.scratch_size, size)
+
+    def finish(self, y: Any, inputs: Sequence[Tensor], weights: Iterable[Tensor]) -> Recording:
+        """What was recorded of a function of these inputs that returned y and may read these weights."""
+        if self.refusal is not None:
+            raise _RefusedError(self.refusal)
+        known = {_storage(w) for w in weights} | {_storage(k) for w in weights if (k := kept_of(w)) is not None}
+        places = {_storage(x): (_INPUTS + i, x.data_ptr()) for i, x in enumerate(inputs)}
+        if len(places) < len(inputs) or known & places.keys():
+            raise _RefusedError("its inputs share their memory")
+        output = self.made.pop(_storage(y), None) if type(y) is Tensor else None
+        if output is None or y.storage_offset() or y.nbytes != output.size:
+            raise _RefusedError("it does not return one tensor of its own")
+        places |= {s: (_SCRATCHED, s) for s in self.scratch} | {_storage(y): (_OUTPUT, _storage(y))}
+        for i, step in enumerate(self.calls):
+            for memory in filter(None, map(self.made.get, _storages(step.args))):
+                memory.first, memory.last = i if memory.first < 0 else memory.first, i
+        between = _arrange([m for m in self.made.values() if m.first >= 0])
+        places |= {s: (_BETWEEN, s - m.offset) for s, m in self.made.items()}
+        steps, read, written = extension().Recording(_INPUTS + len(inputs)), [], False
+        for step in self.calls:
+            values: list[float] = []
+            bases: list[int] = []
+            for v in step.args:
+                base, pointer = -1, v.data_ptr() if isinstance(v, Tensor) else 0
+                if isinstance(v, Tensor) and pointer:
+                    if _storage(v) in places:
+                        base, origin = places[_storage(v)]
+                        pointer = (pointer - origin) % (1 << 64)
+                        written = written or base == _OUTPUT
+                    elif _storage(v) in known:
+                        read.append(v)
+                    else:
+                        raise _RefusedError("it reads memory that is neither its own nor its inputs' nor its weights'")
+                values.append(v if isinstance(v, (int, float)) else pointer)
+                bases.append(base)
+            steps.add(step.kernel, step.dtype, step.threads, tuple(values), bases)
+        if not written:
+            raise _RefusedError("no kernel was seen to write what it returns")
+        return Recording(steps, between, self.scratch_size, (y.shape, y.stride(), y.dtype), read)
+
+
+def _storages(value: Any) -> set[int]:
+    return {_storage(t) for t in tree_leaves(value) if isinstance(t, Tensor)}
+
+
+def _arrange(memories: list[_Memory]) -> int:
+    """Give each its offset, so that none overlap that are in use at a time; how many bytes that takes."""
+    done: list[_Memory] = []
+    for m in sorted(memories, key=lambda m: -m.size):
+        for other in sorted(done, key=lambda m: m.offset):
+            if other.first <= m.last and m.first <= other.last:
+                if m.end <= other.offset:
+                    break
+                m.offset = max(m.offset, other.end)
+        done.append(m)
+    return max((m.end for m in memories), default=0)
+
+
+def is_recording() -> bool:
+    """Whether this thread is recording."""
+    return WATCH.recorder is not None
+
+
+def record(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], weights: Sequence[Tensor]
+) -> tuple[Tensor, Recording | str]:
+    """Run a function of inputs, and record what it does.
+
+    Args:
+        function: of tensors on the CPU, called without gradients.
+        inputs: what it is called with.
+        weights: other tensors that it may read. Whether they are still the same is the caller's to know.
+
+    Returns:
+        What the function returned, and the recording, or why there is none.
+    """
+    recorder = WATCH.recorder = _Recorder()
+    try:
+        with recorder:
+            y = function(*inputs)
+    finally:
+        WATCH.recorder = None
+    try:
+        return y, recorder.finish(y, inputs, weights)
+    except _RefusedError as error:
+        return y, str(error)
+
+
+__all__ = ["Recording", "is_recording", "record"]

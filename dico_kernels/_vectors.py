@@ -1,0 +1,56 @@
+"""Products of a few vectors, one an image: csrc/cpu/attention.h as functions of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dico_kernels._extension import call
+from dico_kernels._memory import DTYPES, dense
+from dico_kernels.dtypes import accumulation_dtype
+
+# Vectors up to which reading a weight once is most of the work: beyond, a product made for many rows is faster.
+FEW = 8
+
+
+def channel_attention(sums: Tensor, pixels: int, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(mean, sigmoid(W mean + b)) of mean = sums / pixels, each (N, C) in the accumulation dtype; W (C, C), b (C,)."""
+    n, c = sums.shape
+    if weight.dtype not in DTYPES:
+        raise ValueError(f"weight has dtype {weight.dtype}: expected a floating dtype")
+    wide = accumulation_dtype(weight.dtype)
+    dense("sums", sums, (n, c), wide, sums.device)
+    dense("weight", weight, (c, c), weight.dtype, sums.device)
+    if bias is not None:
+        dense("bias", bias, (c,), weight.dtype, sums.device)
+    if pixels < 1:
+        raise ValueError(f"pixels={pixels}: expected at least 1")
+    mean, attention = torch.empty_like(sums), torch.empty_like(sums)
+    call("channel_attention", sums, sums, weight, bias, mean, attention, n, c, pixels, dtype=weight.dtype)
+    return mean, attention
+
+
+def conditioning(c: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor | None:
+    """Linear(SiLU(c)) for each weight (K, C) and bias (K,): (heads, N, K) for c (N, C), all of one type.
+
+    None for more vectors than this is made for.
+    """
+    n, inputs = c.shape
+    if n > FEW:
+        return None
+    if c.dtype not in DTYPES:
+        raise ValueError(f"c has dtype {c.dtype}: expected a floating dtype")
+    k = weights[0].shape[0]
+    dense("c", c, (n, inputs), c.dtype, c.device)
+    for weight, bias in zip(weights, biases, strict=True):
+        dense("weight", weight, (k, inputs), c.dtype, c.device)
+        dense("bias", bias, (k,), c.dtype, c.device)
+    addresses = torch.tensor([[w.data_ptr() for w in weights], [b.data_ptr() for b in biases]], device="cpu")
+    y = torch.empty((len(weights), n, k), dtype=c.dtype, device=c.device)
+    call("conditioning", c, c, addresses[0], addresses[1], torch.empty_like(c), y, len(weights), n, inputs, k)
+    return y
+
+
+__all__ = ["FEW", "channel_attention", "conditioning"]
