@@ -24,6 +24,7 @@ class _Packed:
     dtype: torch.dtype
     version: int
     pointer: int
+    strides: tuple[int, ...]
     storage: StorageWeakRef  # while it is held, no other storage has its address: another's memory may have had
 
 
@@ -49,7 +50,7 @@ def keep(weight: Tensor, reorder: Callable[[Tensor], Tensor], form: str = ONEDNN
         tensor = reorder(weight.detach())
     storage = StorageWeakRef(weight.untyped_storage())  # type: ignore[no-untyped-call]
     _COUNT.value += 1
-    _PACKED[weight] = _Packed(tensor, form, weight.dtype, weight._version, weight.data_ptr(), storage)
+    _PACKED[weight] = _Packed(tensor, form, weight.dtype, weight._version, weight.data_ptr(), weight.stride(), storage)
     return True
 
 
@@ -59,10 +60,10 @@ def forget(weight: Tensor) -> None:
     _PACKED.pop(weight, None)
 
 
-def kept_of(weight: Tensor) -> Tensor | None:
-    """What is kept of a weight, in whatever layout, whether it may be used or not."""
+def bytes_of(weight: Tensor) -> Tensor | None:
+    """What is kept of a weight, whether it may be used or not, if it is memory of ours and not oneDNN's."""
     kept = _PACKED.get(weight) if _PACKED else None
-    return None if kept is None else kept.tensor
+    return None if kept is None or kept.form == ONEDNN else kept.tensor
 
 
 def generation() -> int:
@@ -77,5 +78,5 @@ def packed(weight: Tensor, form: str = ONEDNN) -> Tensor | None:
         return None
     if form == ONEDNN and not torch.backends.mkldnn.enabled:
         return None
-    now = weight._version, weight.data_ptr(), weight.untyped_storage()._cdata
-    return kept.tensor if now == (kept.version, kept.pointer, kept.storage.cdata) else None
+    now = weight._version, weight.data_ptr(), weight.stride(), weight.untyped_storage()._cdata
+    return kept.tensor if now == (kept.version, kept.pointer, kept.strides, kept.storage.cdata) else None

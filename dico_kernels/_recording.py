@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from dico_kernels._extension import WATCH, extension
 from dico_kernels._gemm import SCRATCH
-from dico_kernels._packed import kept_of
+from dico_kernels._packed import bytes_of
 
 _MAKES_MEMORY = {
     torch.ops.aten.empty,
@@ -34,12 +34,13 @@ _ALIGNED = 64
 
 @dataclass
 class _Memory:
-    """Memory that the function made, where it is to lie in the block, and the calls between which it is in use."""
+    """Memory that the function made, the calls between which it is in use, and where it is to lie instead."""
 
     tensor: Tensor
     size: int
     first: int = -1
     last: int = -1
+    base: int = _BETWEEN
     offset: int = 0
 
     @property
@@ -64,14 +65,14 @@ class Recording:
         between: bytes of the memory between inputs and output.
         scratch: bytes of this thread's scratch.
         output: size, stride and dtype of what it returns.
-        weights: tensors that the steps read where they lie, and that must therefore outlive them.
+        held: memory that the steps read where it lies, and that must therefore outlive them.
     """
 
     steps: Any
     between: int
     scratch: int
     output: tuple[torch.Size, tuple[int, ...], torch.dtype]
-    weights: list[Tensor]
+    held: list[torch.UntypedStorage]
 
     def replay(self, *inputs: Tensor) -> Tensor:
         """The function of other inputs."""
@@ -104,17 +105,32 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
-        given, results = _storages((args, kwargs)), _storages(found)
-        if func.overloadpacket in _MAKES_MEMORY:
+        if self.refusal is None:
+            try:
+                self._watch(func, (args, kwargs), found)
+            except RuntimeError as error:  # of a tensor that has no memory to ask for
+                self.refuse(str(error))
+        return found
+
+    def _watch(self, func: Any, args: Any, found: Any) -> None:
+        given, results = _tensors(args), _tensors(found)
+        if any(t.layout is not torch.strided for t in (*given, *results)):
+            self.refuse(f"it calls {func}")
+        elif func.overloadpacket in _MAKES_MEMORY:
             # It is held, so that no other gets its address.
             self.made[_storage(found)] = _Memory(found, found.untyped_storage().nbytes())
-        elif func._schema.is_mutable or not results or not results <= given:
-            self.refusal = self.refusal or f"it calls {func}"
-        return found
+        elif func._schema.is_mutable or not results or not {*map(_storage, results)} <= {*map(_storage, given)}:
+            self.refuse(f"it calls {func}")
+
+    def refuse(self, why: str) -> None:
+        """There will be no recording: let go of everything."""
+        self.refusal = why
+        self.made, self.calls = {}, []
 
     def called(self, kernel: str, dtype: int, threads: int, args: tuple[Tensor | float | None, ...]) -> None:
         """See _extension.Recorder."""
-        self.calls.append(_Call(kernel, dtype, threads, args))
+        if self.refusal is None:
+            self.calls.append(_Call(kernel, dtype, threads, args))
 
     def used(self, scratch: Tensor, size: int) -> None:
         """See _extension.Recorder."""
@@ -126,20 +142,24 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """What was recorded of a function of these inputs that returned y and may read these weights."""
         if self.refusal is not None:
             raise _RefusedError(self.refusal)
-        known = {_storage(w) for w in weights} | {_storage(k) for w in weights if (k := kept_of(w)) is not None}
+        known = {_storage(w) for w in weights} | {_storage(k) for w in weights if (k := bytes_of(w)) is not None}
         places = {_storage(x): (_INPUTS + i, x.data_ptr()) for i, x in enumerate(inputs)}
         if len(places) < len(inputs) or known & places.keys():
             raise _RefusedError("its inputs share their memory")
         output = self.made.pop(_storage(y), None) if type(y) is Tensor else None
         if output is None or y.storage_offset() or y.nbytes != output.size:
             raise _RefusedError("it does not return one tensor of its own")
-        places |= {s: (_SCRATCHED, s) for s in self.scratch} | {_storage(y): (_OUTPUT, _storage(y))}
         for i, step in enumerate(self.calls):
-            for memory in filter(None, map(self.made.get, _storages(step.args))):
-                memory.first, memory.last = i if memory.first < 0 else memory.first, i
-        between = _arrange([m for m in self.made.values() if m.first >= 0])
-        places |= {s: (_BETWEEN, s - m.offset) for s, m in self.made.items()}
-        steps, read, written = extension().Recording(_INPUTS + len(inputs)), [], False
+            for storage in {_storage(v) for v in step.args if isinstance(v, Tensor)}:
+                memory = output if storage == _storage(y) else self.made.get(storage)
+                if memory is not None:
+                    memory.first, memory.last = i if memory.first < 0 else memory.first, i
+        if output.first < 0:
+            raise _RefusedError("no kernel was given what it returns")
+        between = _arrange([m for m in self.made.values() if m.first >= 0], output)
+        places |= {s: (_SCRATCHED, s) for s in self.scratch} | {_storage(y): (_OUTPUT, _storage(y))}
+        places |= {s: (m.base, s - m.offset) for s, m in self.made.items()}
+        steps, held = extension().Recording(_INPUTS + len(inputs)), []
         for step in self.calls:
             values: list[float] = []
             bases: list[int] = []
@@ -149,34 +169,46 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     if _storage(v) in places:
                         base, origin = places[_storage(v)]
                         pointer = (pointer - origin) % (1 << 64)
-                        written = written or base == _OUTPUT
                     elif _storage(v) in known:
-                        read.append(v)
+                        held.append(v.untyped_storage())
                     else:
                         raise _RefusedError("it reads memory that is neither its own nor its inputs' nor its weights'")
                 values.append(v if isinstance(v, (int, float)) else pointer)
                 bases.append(base)
             steps.add(step.kernel, step.dtype, step.threads, tuple(values), bases)
-        if not written:
-            raise _RefusedError("no kernel was seen to write what it returns")
-        return Recording(steps, between, self.scratch_size, (y.shape, y.stride(), y.dtype), read)
+        return Recording(steps, between, self.scratch_size, (y.shape, y.stride(), y.dtype), held)
 
 
-def _storages(value: Any) -> set[int]:
-    return {_storage(t) for t in tree_leaves(value) if isinstance(t, Tensor)}
+def _tensors(value: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(value) if isinstance(t, Tensor)]
 
 
-def _arrange(memories: list[_Memory]) -> int:
-    """Give each its offset, so that none overlap that are in use at a time; how many bytes that takes."""
-    done: list[_Memory] = []
-    for m in sorted(memories, key=lambda m: -m.size):
-        for other in sorted(done, key=lambda m: m.offset):
-            if other.first <= m.last and m.first <= other.last:
-                if m.end <= other.offset:
-                    break
-                m.offset = max(m.offset, other.end)
-        done.append(m)
-    return max((m.end for m in memories), default=0)
+def _fit(m: _Memory, others: list[_Memory]) -> None:
+    """Put it behind as few of the others as it overlaps in time."""
+    m.offset = 0
+    for other in sorted(others, key=lambda o: o.offset):
+        if other.first <= m.last and m.first <= other.last:
+            if m.end <= other.offset:
+                break
+            m.offset = max(m.offset, other.end)
+
+
+def _arrange(memories: list[_Memory], output: _Memory) -> int:
+    """Give each its place, so that none overlap that are in use at a time; how many bytes lie outside of the output.
+
+    What is out of use before the output is written may lie there.
+    """
+    places: dict[int, list[_Memory]] = {_OUTPUT: [], _BETWEEN: []}
+    # Of those of one size the latest first: they find no place in the output.
+    for m in sorted(memories, key=lambda m: (-m.size, -m.last)):
+        _fit(m, places[_OUTPUT])
+        if m.last < output.first and m.offset + m.size <= output.size:
+            m.base = _OUTPUT
+        else:
+            m.base = _BETWEEN
+            _fit(m, places[_BETWEEN])
+        places[m.base].append(m)
+    return max((m.end for m in places[_BETWEEN]), default=0)
 
 
 def is_recording() -> bool:
@@ -197,15 +229,16 @@ def record(
     Returns:
         What the function returned, and the recording, or why there is none.
     """
-    recorder = WATCH.recorder = _Recorder()
+    before, recorder = WATCH.recorder, _Recorder()
+    WATCH.recorder = recorder
     try:
         with recorder:
             y = function(*inputs)
     finally:
-        WATCH.recorder = None
+        WATCH.recorder = before
     try:
         return y, recorder.finish(y, inputs, weights)
-    except _RefusedError as error:
+    except (_RefusedError, RuntimeError, TypeError, ValueError) as error:  # the caller has its result
         return y, str(error)
 
 

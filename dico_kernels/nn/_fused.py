@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from dico_kernels import ops
-from dico_kernels.nn._state import forget, is_unchanged, remember
+from dico_kernels.nn._state import forget, recorded, remember, unchanged
 from dico_kernels.ops._checks import DTYPES
 from dico_kernels.reference import functional
 
@@ -100,16 +101,24 @@ class Fused(nn.Module):
                 return f"{name}.{reason}"
         return None if sharded else unreadable(self)
 
-    def runs_fused(self) -> bool:
-        """Whether the fused forward is to run now: as why_unfused says, or nothing has changed since it said so."""
-        if not torch.compiler.is_compiling() and is_unchanged(self):
-            return True
-        if self.why_unfused() is not None:
-            return False
-        if not torch.compiler.is_compiling():
-            layers = (find(self, path) for path, *_ in self.fused_layout)
-            remember(self, tuple(layer for layer in layers if layer is not None))
-        return True
+    def fit_weights(self) -> list[Tensor] | None:
+        """The weights that the fused forward reads, or None if the unfused one is to run now, as why_unfused says."""
+        if torch.compiler.is_compiling():
+            return None if self.why_unfused() is not None else []
+        weights = unchanged(self)
+        if weights is None and self.why_unfused() is None:
+            found = ((path, find(self, path)) for path, *_ in self.fused_layout)
+            remember(self, [(path, layer) for path, layer in found if layer is not None])
+            weights = unchanged(self) or []
+        return weights
+
+    def recorded(
+        self, weights: list[Tensor], settings: Any, function: Callable[..., Tensor], *inputs: Tensor
+    ) -> Tensor:
+        """function(*inputs) for the fused forward, where possible as a recording; see _state.recorded."""
+        if torch.compiler.is_compiling():
+            return function(*inputs)
+        return recorded(self, weights, settings, function, *inputs)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         forget(self)  # recordings hold on to the weights they read

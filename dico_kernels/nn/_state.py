@@ -1,4 +1,4 @@
-"""What a fused module remembers: how it was when it was last found fit to run fused, and recordings of what it did.
+"""What is known of a fused module: how it was when it was last found fit to run fused, and recordings of what it did.
 
 To look at every inner layer takes as long as a small kernel, and the Python between a block's kernels several times
 that. Both need to be done once, as long as nothing has changed; that nothing has is what every call asks.
@@ -7,17 +7,19 @@ that. Both need to be done once, as long as nothing has changed; that nothing ha
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from operator import itemgetter
+import threading
+from collections.abc import Callable, MutableMapping, Sequence
+from operator import attrgetter, itemgetter
 from typing import Any
 from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from dico_kernels import native
 from dico_kernels._packed import generation as packed_generation
-from dico_kernels._recording import Recording, record
+from dico_kernels._recording import Recording, is_recording, record
 from dico_kernels.ops._backends import current, is_observed, multiplying_now
 from dico_kernels.ops._library import only_numbers
 from dico_kernels.ops._tuning import generation as tuned_generation
@@ -25,118 +27,151 @@ from dico_kernels.ops._tuning import is_measuring
 
 VARIABLE = "DICO_KERNELS_RECORD"
 _ENABLED = os.environ.get(VARIABLE, "1") != "0"
-_KEY = "_fused_state"
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# Of a layer's attributes those that why_unfused looks at.
+# Of a layer's attributes those that say whether it may be bypassed.
 _SETTINGS = ("kernel_size", "stride", "padding", "dilation", "padding_mode", "eps", "approximate", "p")
+_version = attrgetter("_version")
+_hooks = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Kinds of inputs that a module keeps recordings for.
 _MOST = 8
-_SEEN, _REFUSED = "seen once", "refused"
+_SEEN_ONCE = "it was called once"
+
+# By path, as Fused.fused_layout has them.
+Layers = Sequence[tuple[tuple[str, ...], nn.Module]]
 
 
-class State:
-    """A module's memory. A copy of it, pickled ones too, remembers nothing.
+class _Epoch:
+    """A time in which the weights of a module and the choices that concern it stay as they are.
 
-    Args:
-        module: whose it is; it has just been found fit to run fused.
-        layers: the inner layers that it bypasses.
+    Attributes:
+        choices: what they are.
+        stamp: the weights', see _stamp.
+        storages: theirs, held so that no other memory gets their addresses.
+        kinds: by kind of inputs the recording, or why there is none.
     """
 
-    def __init__(self, module: nn.Module | None = None, layers: tuple[nn.Module, ...] = ()) -> None:
-        self._owner = None if module is None else ref(module)
-        self.recordings: dict[Any, Recording | str] = {}
-        self._context: tuple[Any, ...] = ()
-        self._stamp: list[Any] | None = None
-        if module is None:
-            return
-        self._layers = (module, *layers)
-        dicts = [layer.__dict__ for layer in layers]
-        self._reads = [(d, itemgetter(*(n for n in _SETTINGS if n in d), *_HOOKS)) for d in dicts]
-        self._hooks = [d[name] for d in dicts for name in _HOOKS]
-        self._sizes = [*dicts, *self._hooks]
-        self._modules = [layer._modules for layer in self._layers]
-        self._parameters = [layer._parameters for layer in self._layers]
-        self._was = self._now()
-        self.weights = [p for d in self._parameters for p in d.values() if p is not None]
+    def __init__(self, choices: tuple[Any, ...], stamp: list[Any], weights: list[Tensor]) -> None:
+        self.choices, self.stamp = choices, stamp
+        self.storages = [w.untyped_storage() for w in weights]
+        self.kinds: dict[Any, Recording | str] = {}
 
-    def __reduce__(self) -> tuple[type[State], tuple[()]]:
-        return State, ()
+    def keep(self, kind: Any, found: Recording | str) -> None:
+        """Remember what was found, and forget the oldest where that is too much."""
+        self.kinds[kind] = found
+        for oldest in list(self.kinds)[: max(len(self.kinds) - _MOST, 0)]:
+            self.kinds.pop(oldest, None)
 
-    def _now(self) -> tuple[Any, ...]:
-        return (
-            [read(d) for d, read in self._reads],
-            list(map(len, self._sizes)),
-            list(map(type, self._layers)),
-            [id(m) for d in self._modules for m in d.values()],
-            [(id(p), type(p)) for d in self._parameters for p in d.values()],
-        )
 
-    def holds(self, module: nn.Module) -> bool:
-        """Whether the module is this state's, and as it was."""
-        return self._owner is not None and self._owner() is module and self._now() == self._was
+class _State:
+    """A module as it was. Holds no module and no weight: those of its epoch are held until something changes.
 
-    def _weights_now(self) -> list[Any]:
-        return [(w._version, w.data_ptr()) for w in self.weights]
+    Args:
+        module: has just been found fit to run fused.
+        layers: those that it bypasses.
+    """
 
-    def recording(self, key: Any, context: tuple[Any, ...]) -> Recording | str | None:
-        """What is known of calls with such inputs: a recording, or a word that says what to do; None if nothing is."""
-        if self._context != context or (self._stamp is not None and self._stamp != self._weights_now()):
-            self.recordings, self._context, self._stamp = {}, context, None
-        return self.recordings.get(key)
+    def __init__(self, module: nn.Module, layers: Layers) -> None:
+        self._type = type(module)
+        self._layers = []
+        for path, layer in layers:
+            held = layer.__dict__
+            names = [n for n in _SETTINGS if n in held]
+            read: Callable[[Any], Any] = itemgetter(*names) if names else len
+            self._layers.append((path, ref(layer), type(layer), len(held), read, read(held)))
+        self._types = [*map(type, _parameters(module, [layer for _, layer in layers]))]
+        self.epoch: _Epoch | None = None
 
-    def keep(self, key: Any, found: Recording | str) -> None:
-        """Remember what is known from now on."""
-        if isinstance(found, Recording) and self._stamp is None:
-            self._stamp = self._weights_now()
-        if key not in self.recordings and len(self.recordings) == _MOST:
-            del self.recordings[next(iter(self.recordings))]
-        self.recordings[key] = found
+    def weights(self, module: nn.Module) -> list[Tensor] | None:
+        """Its weights and those of the layers, if everything is as it was, whatever the weights may hold."""
+        if type(module) is not self._type:
+            return None
+        layers = []
+        for path, was, kind, attributes, read, settings in self._layers:
+            layer: nn.Module | None = module
+            for name in path:
+                layer = None if layer is None else layer._modules.get(name)
+            if layer is None or layer is not was() or type(layer) is not kind:
+                return None
+            held = layer.__dict__
+            # A forward of the instance's own would be one attribute more.
+            if len(held) != attributes or read(held) != settings or any(_hooks(held)):
+                return None
+            layers.append(layer)
+        found = _parameters(module, layers)
+        return [p for p in found if p is not None] if [*map(type, found)] == self._types else None
+
+
+def _parameters(module: nn.Module, layers: Sequence[nn.Module]) -> list[Tensor | None]:
+    return [p for m in (module, *layers) for p in m._parameters.values()]
+
+
+# Beside the modules: what is in a module is copied, pickled and compared.
+_STATES: MutableMapping[nn.Module, _State] = WeakIdKeyDictionary()
 
 
 def forget(module: nn.Module) -> None:
-    """Let a module remember nothing."""
-    module.__dict__.pop(_KEY, None)
+    """Know nothing of a module."""
+    _STATES.pop(module, None)
 
 
-def is_unchanged(module: nn.Module) -> bool:
-    """Whether a module is as it was when ``remember`` was called."""
-    state: State | None = module.__dict__.get(_KEY)
-    return state is not None and state.holds(module)
-
-
-def remember(module: nn.Module, layers: tuple[nn.Module, ...]) -> None:
+def remember(module: nn.Module, layers: Layers) -> None:
     """Take a module and the layers that it bypasses for fit to run fused, as they are now."""
-    module.__dict__[_KEY] = State(module, layers)
+    _STATES[module] = _State(module, layers)
 
 
-def recorded(module: nn.Module, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """function(*inputs), which depends on nothing but the inputs and the module's weights and settings.
+def unchanged(module: nn.Module) -> list[Tensor] | None:
+    """The weights of a module, if it is as it was when ``remember`` was called, and those of the layers it bypasses."""
+    state = _STATES.get(module)
+    return None if state is None else state.weights(module)
+
+
+def _stamp(weights: list[Tensor]) -> list[Any] | None:
+    """What differs where a weight does; None where nothing would, of tensors made under inference_mode."""
+    try:
+        return [*map(_version, weights), *map(Tensor.data_ptr, weights), *map(Tensor.stride, weights)]
+    except RuntimeError:
+        return None
+
+
+_ONE_AT_A_TIME = threading.Lock()  # a dispatch mode changes what all threads see
+
+
+def recorded(
+    module: nn.Module, weights: list[Tensor], settings: Any, function: Callable[..., Tensor], *inputs: Tensor
+) -> Tensor:
+    """function(*inputs), which depends on nothing but the inputs, these weights of the module and these settings.
 
     From the second call on for inputs of the same shapes, strides and dtypes, on a CPU and without gradients, as a
     recording, if it can be recorded.
     """
-    state: State | None = module.__dict__.get(_KEY)
-    if state is None or not _ENABLED or is_observed() or is_measuring() or not native.available():
+    state = _STATES.get(module)
+    if state is None or not _ENABLED or not native.available() or is_recording() or is_observed() or is_measuring():
         return function(*inputs)
-    if not all(x.is_cpu and only_numbers(x) for x in inputs) or torch._C._len_torch_function_stack():
+    if not all(x.is_cpu and not x.is_neg() and x.numel() for x in inputs):
         return function(*inputs)
-    choice = current()
-    if choice[0] not in ("auto", "native"):
+    if torch._C._len_torch_function_stack() or not only_numbers(*inputs):
         return function(*inputs)
-    context = (
-        *(choice, multiplying_now(), tuned_generation(), packed_generation()),
-        *(torch.get_num_threads(), native.extension().selected_isa()),
-    )
-    key = tuple([(x.shape, x.stride(), x.dtype) for x in inputs])
-    found = state.recording(key, context)
+    stamp, choice = _stamp(weights), current()
+    if stamp is None or choice[0] not in ("auto", "native"):
+        return function(*inputs)
+    isa = native.extension().selected_isa()
+    choices = choice, multiplying_now(), tuned_generation(), packed_generation(), isa, settings
+    epoch = state.epoch
+    if epoch is None or epoch.choices != choices or epoch.stamp != stamp:
+        state.epoch = epoch = _Epoch(choices, stamp, weights)
+    kind = torch.get_num_threads(), *[(x.shape, x.stride(), x.dtype) for x in inputs]
+    found = epoch.kinds.get(kind)
     if isinstance(found, Recording):
         return _replay(module, found, *inputs)
-    if found == _SEEN and not any(w.is_inference() for w in state.weights):
-        y, result = record(function, inputs, state.weights)
-        state.keep(key, result if isinstance(result, Recording) else _REFUSED)
-        return y
     if found is None:
-        state.keep(key, _SEEN)
+        epoch.keep(kind, _SEEN_ONCE)
+    elif found == _SEEN_ONCE and _ONE_AT_A_TIME.acquire(blocking=False):
+        try:
+            y, result = record(function, inputs, weights)
+        finally:
+            _ONE_AT_A_TIME.release()
+        # Of this epoch: if it has ended meanwhile, nobody asks for it any more.
+        epoch.keep(kind, result)
+        return y
     return function(*inputs)
 
 
@@ -147,4 +182,4 @@ def _replay(module: nn.Module, recording: Recording, *inputs: Tensor) -> Tensor:
         return recording.replay(*inputs)
 
 
-__all__ = ["State", "forget", "is_unchanged", "recorded", "remember"]
+__all__ = ["forget", "recorded", "remember", "unchanged"]

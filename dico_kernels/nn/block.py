@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from dico_kernels.nn._fused import Fused, Layout, choose, find, promoted
-from dico_kernels.nn._state import recorded
 from dico_kernels.nn.adaln import modulation
 from dico_kernels.nn.grn import affine
 from dico_kernels.reference import dico, fcdm
@@ -54,9 +53,13 @@ class FusedDiCoBlock(Fused):
 
     def forward(self, x: Tensor, c: Any) -> Tensor:
         """Apply the block: x (N, C, H, W), c what adaLN_modulation takes -> (N, C, H, W), channels_last."""
-        if not self.runs_fused():
+        weights = self.fit_weights()
+        if weights is None:
             return super().forward(x, c)
-        return recorded(self, self._branches, *promoted(x, modulation(self.adaLN_modulation, c)))
+        if type(self).compute is not FusedDiCoBlock.compute:
+            return self.compute(None, x, c)
+        given = promoted(x, modulation(self.adaLN_modulation, c))
+        return self.recorded(weights, self.fused_eps, self._branches, *given)
 
     def compute(self, library: ModuleType | None, *inputs: Any) -> Tensor:
         """See Fused."""
@@ -105,7 +108,7 @@ class FusedPlainDiCoBlock(FusedDiCoBlock):
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Apply the block: (N, C, H, W) -> same, channels_last."""
-        if not self.runs_fused():
+        if self.fit_weights() is None:
             return super(FusedDiCoBlock, self).forward(x)
         return self.compute(None, x)
 
@@ -152,9 +155,13 @@ class FusedFCDMBlock(Fused):
 
     def forward(self, x: Tensor, c: Any) -> Tensor:
         """Apply the block: x (N, C, H, W), c what adaLN_modulation takes -> (N, C, H, W), channels_last."""
-        if not self.runs_fused():
+        weights = self.fit_weights()
+        if weights is None:
             return super().forward(x, c)
-        return recorded(self, self._branch, *promoted(x, modulation(self.adaLN_modulation, c)))
+        if type(self).compute is not FusedFCDMBlock.compute:
+            return self.compute(None, x, c)
+        given = promoted(x, modulation(self.adaLN_modulation, c))
+        return self.recorded(weights, (self.fused_eps, self.fused_affine), self._branch, *given)
 
     def compute(self, library: ModuleType | None, *inputs: Any) -> Tensor:
         """See Fused."""

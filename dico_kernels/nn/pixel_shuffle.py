@@ -61,7 +61,7 @@ class SkipUpsample(nn.Module):
 
 class FusedUShape(Fused):
     """A whole reference model: x is made channels_last once, each way up with its skip is one op, and the conditioning
-    of a level's blocks is computed at once where a backend does that (Triton, for few images without gradients).
+    of a level's blocks is computed at once where a backend does that (for few images without gradients).
     """
 
     fused_family: ClassVar[str] = "model"

@@ -72,15 +72,19 @@ def register(
     return call
 
 
-def only_numbers(x: Any) -> bool:
-    """Whether a call on x is for its numbers alone: no gradients or autocast, and nobody traces or transforms it."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
+_PLAIN = {Tensor, torch.nn.Parameter}
+
+
+def only_numbers(x: Any, *more: Any) -> bool:
+    """Whether a call on these, of one device, is for numbers alone: no gradients, autocast, tracing or transforms."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not {type(x), *map(type, more)} <= _PLAIN:
         return False
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
     if torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > int(is_recording()):
         return False
-    return not torch.is_autocast_enabled(x.device.type)
+    device = x.device.type
+    return not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device))
 
 
 def _autocast(op: Op, device: str, key: str, policy: str) -> Op:

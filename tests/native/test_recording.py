@@ -106,7 +106,7 @@ HELD = torch.randn(24)
         ("it does not return one tensor of its own", lambda x: native.gelu(x, False)[0][:1]),
         ("it does not return one tensor of its own", lambda x: native.gelu(x, False)),
         ("it reads memory that is neither", lambda x: native.channel_affine(x, HELD.expand(2, 24), shift=None)),
-        ("no kernel was seen to write", lambda x: torch.empty_like(x)),
+        ("no kernel was given what it returns", lambda x: torch.empty_like(x)),
     ],
     ids=str,
 )
@@ -141,12 +141,15 @@ def test_memory_in_use_at_a_time_does_not_overlap():
             first = rng.randint(0, 10)
             size = rng.choice([1, 63, 64, 65, 1000, 4096])
             memories.append(_recording._Memory(torch.empty(0), size, first, rng.randint(first, 12)))
-        total = _recording._arrange(memories)
+        output = _recording._Memory(torch.empty(0), rng.choice([64, 4096, 5000]), rng.randint(0, 12), 12)
+        total = _recording._arrange(memories, output)
         for i, a in enumerate(memories):
             assert a.offset % 64 == 0
-            assert a.offset + a.size <= total
+            outside = a.base == _recording._BETWEEN
+            assert outside or a.last < output.first
+            assert a.offset + a.size <= (total if outside else output.size)
             for b in memories[:i]:
-                together = a.first <= b.last and b.first <= a.last
+                together = a.base == b.base and a.first <= b.last and b.first <= a.last
                 assert not together or a.end <= b.offset or b.end <= a.offset
 
 

@@ -17,6 +17,7 @@ import dico_kernels as dk
 from dico_kernels import native
 from dico_kernels._recording import Recording
 from dico_kernels.nn import _state
+from dico_kernels.nn.block import FusedDiCoBlock
 from dico_kernels.reference.weights import fill_
 
 if not (native.available() and native.multiplies(torch.empty(0))):
@@ -37,8 +38,8 @@ def given(n=2, dtype=torch.float32, size=8):
 
 
 def recordings(module):
-    states = [m.__dict__.get("_fused_state") for m in module.modules()]
-    return [r for s in states if s is not None for r in s.recordings.values() if isinstance(r, Recording)]
+    epochs = [s.epoch for m in module.modules() if (s := _state._STATES.get(m)) is not None and s.epoch is not None]
+    return [r for e in epochs for r in e.kinds.values() if isinstance(r, Recording)]
 
 
 def warm(module, args, calls=2):
@@ -83,13 +84,23 @@ def test_whole_models(context):
     with context():
         for _ in range(3):
             outs = [model(*a) for a in args]
-        assert len(recordings(model)) == sum(isinstance(m, dk.nn._fused.Fused) for m in model.modules()) - 2
+        assert len(recordings(model)) == sum(isinstance(m, FusedDiCoBlock) for m in model.modules()) == 21
         for a, out in zip(args, outs, strict=True):
             assert torch.equal(out, unrecorded(model, a))
 
 
 def swap_weight(m):
     m.conv1.weight = nn.Parameter(m.conv1.weight.detach() * 2)
+
+
+def transposed(m):
+    m.conv1.weight.data = m.conv1.weight.data.transpose(0, 1)
+
+
+def evicted(m):
+    kept = m.conv5.weight.data * 2
+    m.conv5.weight.data = torch.empty(0)
+    m.conv5.weight.data = kept.clone()  # where the first lay, if that memory was freed
 
 
 def set_data(m):
@@ -142,13 +153,9 @@ def gate_replaced(m):
     m.ca[2] = nn.Tanh()
 
 
-def other_head(m):
-    m.adaLN_modulation = nn.Sequential(nn.Linear(16, 96), nn.Tanh())
-
-
 CHANGES = [
     *(swap_weight, set_data, in_place, assigned, no_bias, replaced, dilated, hooked, pre_hooked, own_forward),
-    *(other_class, gate_replaced, other_head),
+    *(other_class, gate_replaced, transposed, evicted),
 ]
 
 
@@ -167,6 +174,43 @@ def test_every_change_is_noticed(change, packed):
             after = module(*args)
             assert not torch.equal(after, before)
             torch.testing.assert_close(after, module.reference(*args), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_another_eps_is_noticed(name):
+    module, args = block(name), given()
+    with torch.inference_mode():
+        before = warm(module, args)(*args)
+        module.fused_eps = (0.5, 0.5)
+        for _ in range(3):
+            after = module(*args)
+            assert torch.equal(after, unrecorded(module, args))
+            assert not torch.equal(after, before)
+
+
+def test_parameters_of_inner_modules_are_noticed():
+    module, args = block("FCDM"), given()
+    with torch.inference_mode():
+        before = warm(module, args)(*args)
+    module.grn.gamma = nn.Parameter(module.grn.gamma.detach() + 1)
+    with torch.inference_mode():
+        for _ in range(3):
+            assert torch.equal(module(*args), unrecorded(module, args))
+            assert not torch.equal(module(*args), before)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_compute_of_the_users_own_runs(name):
+    class Doubled(BLOCKS[name]):
+        def compute(self, library, *inputs):
+            return 2 * super().compute(library, *inputs)
+
+    module, args = block(name), given()
+    with torch.inference_mode():
+        expected = 2 * module(*args)
+        module.__class__ = Doubled
+        for _ in range(3):
+            assert torch.equal(module(*args), expected)
 
 
 def plainly(self, *args):
@@ -203,8 +247,10 @@ def test_settings_are_noticed():
                     assert torch.equal(module(*args), unrecorded(module, args))
         before = torch.get_num_threads()
         try:
+            count = len(recordings(warm(module, args)))
             torch.set_num_threads(before + 1)
             assert torch.equal(module(*args), unrecorded(module, args))
+            assert len(recordings(warm(module, args))) == count + 1
         finally:
             torch.set_num_threads(before)
     assert "depthwise" in str(dk.explain(module, *args))
@@ -275,7 +321,7 @@ def test_other_inputs():
             for _ in range(3):
                 out = module(*args)
                 assert torch.equal(out, unrecorded(module, args))
-    assert len(module.__dict__["_fused_state"].recordings) <= _state._MOST
+    assert len(recordings(module)) <= _state._MOST
 
 
 def test_no_more_than_a_few_kinds_of_inputs_are_kept():
@@ -283,7 +329,9 @@ def test_no_more_than_a_few_kinds_of_inputs_are_kept():
     for size in range(1, 2 * _state._MOST):
         warm(module, given(1, size=size))
     assert len(recordings(module)) <= _state._MOST
-    assert torch.equal(warm(module, given(1, size=3))(*(args := given(1, size=3))), unrecorded(module, args))
+    args = given(1, size=3)
+    with torch.inference_mode():
+        assert torch.equal(warm(module, args)(*args), unrecorded(module, args))
 
 
 def test_off_by_request(monkeypatch):
@@ -295,12 +343,13 @@ def test_off_by_request(monkeypatch):
     assert not recordings(module)
 
 
-def test_copies_and_files_remember_nothing():
+def test_copies_and_files_know_nothing():
     module, args = block("DiCo"), given()
+    attributes, keys = set(vars(module)), set(module.state_dict())
     warm(module, args)
-    keys = set(module.state_dict())
-    for twin in (copy.deepcopy(module), torch.load(saved(module), weights_only=False), copy.copy(module)):
-        assert not recordings(twin) or twin.__dict__["_fused_state"] is module.__dict__["_fused_state"]
+    assert set(vars(module)) == attributes
+    for twin in (copy.deepcopy(module), copy.copy(module), torch.load(saved(module), weights_only=False)):
+        assert not recordings(twin)
         with torch.inference_mode():
             assert torch.equal(twin(*args), module(*args))
         assert set(twin.state_dict()) == keys
@@ -308,7 +357,8 @@ def test_copies_and_files_remember_nothing():
     twin._parameters, twin._modules = {}, copy.deepcopy(module._modules)
     in_place(twin)
     with torch.inference_mode():
-        assert not torch.equal(twin(*args), module(*args))
+        for _ in range(3):
+            assert not torch.equal(twin(*args), module(*args))
 
 
 def saved(module):
@@ -318,28 +368,64 @@ def saved(module):
     return file
 
 
+def freed(call):
+    """What a call returns references to is gone with them, without the garbage collector."""
+    gc.collect()
+    gc.disable()
+    try:
+        return [r() for r in call()] == [None, None]
+    finally:
+        gc.enable()
+
+
 def test_nothing_is_held_longer_than_its_module():
+    args = given()
+
+    def run():
+        module = warm(dk.fuse(fill_(dk.reference.DiCoBlock(16)).eval()), args)
+        return weakref.ref(module), weakref.ref(module.conv1.weight)
+
+    assert freed(run)
+
+
+@pytest.mark.parametrize("undo", [dk.unpack, dk.unfuse, nn.Module.double], ids=["unpack", "unfuse", "double"])
+def test_nothing_is_held_longer_than_it_is_of_use(undo):
     module, args = dk.pack(dk.fuse(fill_(dk.reference.DiCoBlock(16)).eval())), given()
     warm(module, args)
-    gone = [weakref.ref(recordings(module)[0].weights[0]), weakref.ref(module.conv1.weight)]
-    dk.unpack(module)
-    assert "_fused_state" not in module.__dict__
-    warm(module, args)
-    module.double()
-    assert "_fused_state" not in module.__dict__
-    dk.unfuse(warm(module.float(), args))
-    assert "_fused_state" not in module.__dict__
-    dk.fuse(module)
-    warm(module, args)
-    del module
-    gc.collect()
-    assert [r() for r in gone] == [None, None]
+    undo(module)
+    assert not recordings(module)
+    assert _state._STATES.get(module) is None
+
+
+@pytest.mark.parametrize("products", ["auto", "library"])
+@pytest.mark.parametrize("isa", native.isas())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_packed_for_any_product(dtype, isa, products):
+    """oneDNN's packed weights have no memory that could be looked at."""
+    for name in BLOCKS:
+        module, args = block(name, dtype), given(dtype=dtype)
+        with native.isa(isa):
+            with dk.backend("auto", products=products):
+                dk.pack(module)
+                with torch.inference_mode():
+                    for _ in range(4):
+                        assert torch.equal(module(*args), unrecorded(module, args))
+            with torch.inference_mode():
+                for _ in range(4):
+                    assert torch.equal(module(*args), unrecorded(module, args))
+
+
+def test_on_no_device_at_all():
+    model = dk.pack(dk.create_model("DiCo-S", hidden_size=16, num_classes=3).eval()).to("meta")
+    args = torch.randn(2, 4, 16, 16), torch.zeros(2), torch.zeros(2, dtype=torch.int64)
+    with torch.no_grad():
+        for _ in range(3):
+            assert model(*(a.to("meta") for a in args)).device.type == "meta"
 
 
 def test_threads_have_memory_of_their_own():
     module = block("DiCo")
     sets = [given(1) for _ in range(4)]
-    warm(module, sets[0])
     expected = [unrecorded(module, args) for args in sets]
     wrong = []
 
