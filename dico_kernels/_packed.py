@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,8 +24,7 @@ class _Packed:
     form: str
     dtype: torch.dtype
     version: int
-    pointer: int
-    strides: tuple[int, ...]
+    place: tuple[Any, ...]  # its address, strides and shape
     storage: StorageWeakRef  # while it is held, no other storage has its address: another's memory may have had
 
 
@@ -34,6 +34,10 @@ class _Count:
 
 _COUNT = _Count()
 _PACKED: MutableMapping[Tensor, _Packed] = WeakIdKeyDictionary()
+
+
+def _place(weight: Tensor) -> tuple[Any, ...]:
+    return weight.data_ptr(), weight.stride(), weight.shape
 
 
 def keep(weight: Tensor, reorder: Callable[[Tensor], Tensor], form: str = ONEDNN) -> bool:
@@ -50,7 +54,7 @@ def keep(weight: Tensor, reorder: Callable[[Tensor], Tensor], form: str = ONEDNN
         tensor = reorder(weight.detach())
     storage = StorageWeakRef(weight.untyped_storage())  # type: ignore[no-untyped-call]
     _COUNT.value += 1
-    _PACKED[weight] = _Packed(tensor, form, weight.dtype, weight._version, weight.data_ptr(), weight.stride(), storage)
+    _PACKED[weight] = _Packed(tensor, form, weight.dtype, weight._version, _place(weight), storage)
     return True
 
 
@@ -78,5 +82,5 @@ def packed(weight: Tensor, form: str = ONEDNN) -> Tensor | None:
         return None
     if form == ONEDNN and not torch.backends.mkldnn.enabled:
         return None
-    now = weight._version, weight.data_ptr(), weight.stride(), weight.untyped_storage()._cdata
-    return kept.tensor if now == (kept.version, kept.pointer, kept.strides, kept.storage.cdata) else None
+    now = weight._version, _place(weight), weight.untyped_storage()._cdata
+    return kept.tensor if now == (kept.version, kept.place, kept.storage.cdata) else None

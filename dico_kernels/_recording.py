@@ -2,7 +2,8 @@
 
 A function of tensors is run once and watched: every kernel it calls, every tensor it makes, and that it computes in no
 other way. If all it does is call kernels, those calls are kept with their arguments, each pointer as a distance from
-what changes from call to call: the inputs, the output, the memory between them, which one block holds.
+what changes from call to call: the inputs, the output, and the memory between them, a part of which is the output's
+until that is written.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Recording:
 
     Attributes:
         steps: the calls.
-        between: bytes of the memory between inputs and output.
+        between: bytes of the memory between inputs and output that lies in neither.
         scratch: bytes of this thread's scratch.
         output: size, stride and dtype of what it returns.
         held: memory that the steps read where it lies, and that must therefore outlive them.
@@ -145,7 +146,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         known = {_storage(w) for w in weights} | {_storage(k) for w in weights if (k := bytes_of(w)) is not None}
         places = {_storage(x): (_INPUTS + i, x.data_ptr()) for i, x in enumerate(inputs)}
         if len(places) < len(inputs) or known & places.keys():
-            raise _RefusedError("its inputs share their memory")
+            raise _RefusedError("its inputs share their memory, with each other or with a weight")
         output = self.made.pop(_storage(y), None) if type(y) is Tensor else None
         if output is None or y.storage_offset() or y.nbytes != output.size:
             raise _RefusedError("it does not return one tensor of its own")

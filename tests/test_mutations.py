@@ -237,8 +237,8 @@ BUGS |= {
 }
 BUGS["packed though changed"] = (
     "_packed.py",
-    "now = weight._version, weight",
-    "now = kept.version, weight",
+    "now = weight._version, _place",
+    "now = kept.version, _place",
     "tests/test_packing.py -k stale",
 )
 RECORDED = "tests/nn/test_recorded.py"

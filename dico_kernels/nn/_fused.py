@@ -101,7 +101,7 @@ class Fused(nn.Module):
                 return f"{name}.{reason}"
         return None if sharded else unreadable(self)
 
-    def fit_weights(self) -> list[Tensor] | None:
+    def fused_weights(self) -> list[Tensor] | None:
         """The weights that the fused forward reads, or None if the unfused one is to run now, as why_unfused says."""
         if torch.compiler.is_compiling():
             return None if self.why_unfused() is not None else []
@@ -112,7 +112,7 @@ class Fused(nn.Module):
             weights = unchanged(self) or []
         return weights
 
-    def recorded(
+    def fused_replay(
         self, weights: list[Tensor], settings: Any, function: Callable[..., Tensor], *inputs: Tensor
     ) -> Tensor:
         """function(*inputs) for the fused forward, where possible as a recording; see _state.recorded."""

@@ -6,7 +6,6 @@ that. Both need to be done once, as long as nothing has changed; that nothing ha
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, MutableMapping, Sequence
 from operator import attrgetter, itemgetter
@@ -20,13 +19,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 from dico_kernels import native
 from dico_kernels._packed import generation as packed_generation
 from dico_kernels._recording import Recording, is_recording, record
-from dico_kernels.ops._backends import current, is_observed, multiplying_now
+from dico_kernels.ops._backends import current, is_observed, multiplying_now, on_or_off
 from dico_kernels.ops._library import only_numbers
 from dico_kernels.ops._tuning import generation as tuned_generation
 from dico_kernels.ops._tuning import is_measuring
 
 VARIABLE = "DICO_KERNELS_RECORD"
-_ENABLED = os.environ.get(VARIABLE, "1") != "0"
+_ENABLED = on_or_off(VARIABLE, True)
 # Of a layer's attributes those that say whether it may be bypassed.
 _SETTINGS = ("kernel_size", "stride", "padding", "dilation", "padding_mode", "eps", "approximate", "p")
 _version = attrgetter("_version")
@@ -62,7 +61,7 @@ class _Epoch:
 
 
 class _State:
-    """A module as it was. Holds no module and no weight: those of its epoch are held until something changes.
+    """A module as it was. It holds neither that nor a layer; its epoch, until the next, the memory of the weights.
 
     Args:
         module: has just been found fit to run fused.
@@ -121,13 +120,17 @@ def remember(module: nn.Module, layers: Layers) -> None:
 def unchanged(module: nn.Module) -> list[Tensor] | None:
     """The weights of a module, if it is as it was when ``remember`` was called, and those of the layers it bypasses."""
     state = _STATES.get(module)
-    return None if state is None else state.weights(module)
+    found = None if state is None else state.weights(module)
+    if found is None:
+        forget(module)
+    return found
 
 
 def _stamp(weights: list[Tensor]) -> list[Any] | None:
     """What differs where a weight does; None where nothing would, of tensors made under inference_mode."""
     try:
-        return [*map(_version, weights), *map(Tensor.data_ptr, weights), *map(Tensor.stride, weights)]
+        places = [*map(Tensor.data_ptr, weights), *map(Tensor.stride, weights), *map(Tensor.size, weights)]
+        return [*map(_version, weights), *places]
     except RuntimeError:
         return None
 

@@ -102,7 +102,7 @@ class FusedFinalLayer(Fused):
 
     def forward(self, x: Tensor, c: Any) -> Tensor:
         """X (N, C, H, W), c what adaLN_modulation takes -> (N, out_channels, H, W)."""
-        if self.fit_weights() is None:
+        if self.fused_weights() is None:
             return super().forward(x, c)
         return self.compute(None, x, c)
 

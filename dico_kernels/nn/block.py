@@ -53,20 +53,20 @@ class FusedDiCoBlock(Fused):
 
     def forward(self, x: Tensor, c: Any) -> Tensor:
         """Apply the block: x (N, C, H, W), c what adaLN_modulation takes -> (N, C, H, W), channels_last."""
-        weights = self.fit_weights()
+        weights = self.fused_weights()
         if weights is None:
             return super().forward(x, c)
-        if type(self).compute is not FusedDiCoBlock.compute:
+        if getattr(self.compute, "__func__", None) is not FusedDiCoBlock.compute:
             return self.compute(None, x, c)
         given = promoted(x, modulation(self.adaLN_modulation, c))
-        return self.recorded(weights, self.fused_eps, self._branches, *given)
+        return self.fused_replay(weights, self.fused_eps, self._fused_branches, *given)
 
     def compute(self, library: ModuleType | None, *inputs: Any) -> Tensor:
         """See Fused."""
         x, c = inputs
-        return self._branches(*promoted(x, modulation(self.adaLN_modulation, c)), library)
+        return self._fused_branches(*promoted(x, modulation(self.adaLN_modulation, c)), library)
 
-    def _branches(self, x: Tensor, conditioning: Tensor, library: ModuleType | None = None) -> Tensor:
+    def _fused_branches(self, x: Tensor, conditioning: Tensor, library: ModuleType | None = None) -> Tensor:
         f = choose(library, x)
         shift1, scale1, gate1, shift2, scale2, gate2 = conditioning.chunk(6, dim=1)
         x = f.conv_half(
@@ -108,7 +108,7 @@ class FusedPlainDiCoBlock(FusedDiCoBlock):
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Apply the block: (N, C, H, W) -> same, channels_last."""
-        if self.fit_weights() is None:
+        if self.fused_weights() is None:
             return super(FusedDiCoBlock, self).forward(x)
         return self.compute(None, x)
 
@@ -155,20 +155,20 @@ class FusedFCDMBlock(Fused):
 
     def forward(self, x: Tensor, c: Any) -> Tensor:
         """Apply the block: x (N, C, H, W), c what adaLN_modulation takes -> (N, C, H, W), channels_last."""
-        weights = self.fit_weights()
+        weights = self.fused_weights()
         if weights is None:
             return super().forward(x, c)
-        if type(self).compute is not FusedFCDMBlock.compute:
+        if getattr(self.compute, "__func__", None) is not FusedFCDMBlock.compute:
             return self.compute(None, x, c)
         given = promoted(x, modulation(self.adaLN_modulation, c))
-        return self.recorded(weights, (self.fused_eps, self.fused_affine), self._branch, *given)
+        return self.fused_replay(weights, (self.fused_eps, self.fused_affine), self._fused_branch, *given)
 
     def compute(self, library: ModuleType | None, *inputs: Any) -> Tensor:
         """See Fused."""
         x, c = inputs
-        return self._branch(*promoted(x, modulation(self.adaLN_modulation, c)), library)
+        return self._fused_branch(*promoted(x, modulation(self.adaLN_modulation, c)), library)
 
-    def _branch(self, x: Tensor, conditioning: Tensor, library: ModuleType | None = None) -> Tensor:
+    def _fused_branch(self, x: Tensor, conditioning: Tensor, library: ModuleType | None = None) -> Tensor:
         f = choose(library, x)
         shift, scale, gate = conditioning.chunk(3, dim=1)
         gamma, beta = affine(self.grn, self.fused_affine)

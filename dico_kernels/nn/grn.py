@@ -42,7 +42,7 @@ class FusedGlobalResponseNorm(Fused):
 
     def forward(self, x: Tensor) -> Tensor:
         """gamma * (x * Nx) + beta + x, of x's shape."""
-        if self.fit_weights() is None:
+        if self.fused_weights() is None:
             return super().forward(x)
         return self.compute(None, x)
 

@@ -121,6 +121,14 @@ def _checked_products(name: str, source: str) -> str:
     return name
 
 
+def on_or_off(variable: str, default: bool) -> bool:
+    """What an environment variable says: 0 or 1."""
+    value = os.environ.get(variable) or str(int(default))
+    if value not in ("0", "1"):
+        raise ValueError(f"{variable}={value!r}: expected 0 or 1")
+    return value == "1"
+
+
 # What select found for an entry and a device, as long as the choice stands.
 Settled = dict[tuple[str, str], Callable[..., Any] | None]
 
@@ -130,7 +138,7 @@ class _Setting:
 
     def __init__(self) -> None:
         self.name = _checked(os.environ.get(VARIABLE) or "auto", VARIABLE)
-        self.strict = os.environ.get(STRICT_VARIABLE, "0") == "1"
+        self.strict = on_or_off(STRICT_VARIABLE, False)
         self.products = _checked_products(os.environ.get(PRODUCTS_VARIABLE) or "auto", PRODUCTS_VARIABLE)
         self.record: Callable[[Choice], None] | None = None
         self.warned: set[tuple[str, str, str]] = set()

@@ -103,6 +103,18 @@ def evicted(m):
     m.conv5.weight.data = kept.clone()  # where the first lay, if that memory was freed
 
 
+def pruned(m):
+    m.conv4.weight = nn.Parameter(m.conv4.weight[:8])
+    m.conv4.bias = nn.Parameter(m.conv4.bias[:8])
+    m.conv5.weight = nn.Parameter(m.conv5.weight[:, :8])
+
+
+def pruned_data(m):
+    for p in (m.conv4.weight, m.conv4.bias):
+        p.data = p.data[:8]
+    m.conv5.weight.data = m.conv5.weight.data[:, :8]
+
+
 def set_data(m):
     m.conv5.weight.data = m.conv5.weight.data * 2
 
@@ -155,7 +167,7 @@ def gate_replaced(m):
 
 CHANGES = [
     *(swap_weight, set_data, in_place, assigned, no_bias, replaced, dilated, hooked, pre_hooked, own_forward),
-    *(other_class, gate_replaced, transposed, evicted),
+    *(other_class, gate_replaced, transposed, evicted, pruned, pruned_data),
 ]
 
 
@@ -211,6 +223,8 @@ def test_a_compute_of_the_users_own_runs(name):
         module.__class__ = Doubled
         for _ in range(3):
             assert torch.equal(module(*args), expected)
+        module.compute = lambda library, x, c: 3 * x
+        assert torch.equal(module(*args), 3 * args[0])
 
 
 def plainly(self, *args):
@@ -394,6 +408,15 @@ def test_nothing_is_held_longer_than_it_is_of_use(undo):
     warm(module, args)
     undo(module)
     assert not recordings(module)
+    assert _state._STATES.get(module) is None
+
+
+def test_nothing_is_held_of_a_module_that_cannot_run_fused():
+    module, args = block("DiCo"), given()
+    warm(module, args)
+    hooked(module)
+    with torch.inference_mode():
+        module(*args)
     assert _state._STATES.get(module) is None
 
 
