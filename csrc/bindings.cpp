@@ -1,5 +1,5 @@
-// dico_kernels._C: pointers, sizes and a stream in, nothing of torch. dico_kernels/native.py and what it is made of are
-// its only callers and check every argument; nothing here can.
+// dico_kernels._C: pointers, sizes and a stream in, nothing of torch. dico_kernels/native.py and what it is made of
+// are its only callers and check every argument; nothing here can.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
