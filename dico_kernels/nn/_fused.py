@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from dico_kernels import ops
-from dico_kernels.nn._state import forget, recorded, remember, unchanged
+from dico_kernels.nn._state import CONVOLUTION_SETTINGS, OTHER_SETTINGS, forget, remember, unchanged
 from dico_kernels.ops._checks import DTYPES
 from dico_kernels.reference import functional
 
@@ -24,9 +23,8 @@ _PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)
 
 def settings(layer: nn.Module) -> tuple[Any, ...]:
     """What another layer of the same type could do differently."""
-    if isinstance(layer, nn.Conv2d):
-        return (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.padding_mode)
-    return tuple(getattr(layer, name, None) for name in ("eps", "approximate", "p"))
+    names = CONVOLUTION_SETTINGS if isinstance(layer, nn.Conv2d) else OTHER_SETTINGS
+    return tuple(getattr(layer, name, None) for name in names)
 
 
 def hooked(module: nn.Module) -> str | None:
@@ -111,14 +109,6 @@ class Fused(nn.Module):
             remember(self, [(path, layer) for path, layer in found if layer is not None])
             weights = unchanged(self) or []
         return weights
-
-    def fused_replay(
-        self, weights: list[Tensor], settings: Any, function: Callable[..., Tensor], *inputs: Tensor
-    ) -> Tensor:
-        """function(*inputs) for the fused forward, where possible as a recording; see _state.recorded."""
-        if torch.compiler.is_compiling():
-            return function(*inputs)
-        return recorded(self, weights, settings, function, *inputs)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         forget(self)  # recordings hold on to the weights they read

@@ -19,15 +19,16 @@ from torch.utils.weak import WeakIdKeyDictionary
 from dico_kernels import native
 from dico_kernels._packed import generation as packed_generation
 from dico_kernels._recording import Recording, is_recording, record
-from dico_kernels.ops._backends import current, is_observed, multiplying_now, on_or_off
+from dico_kernels.ops._backends import current, is_observed, on_or_off
 from dico_kernels.ops._library import only_numbers
 from dico_kernels.ops._tuning import generation as tuned_generation
 from dico_kernels.ops._tuning import is_measuring
 
 VARIABLE = "DICO_KERNELS_RECORD"
 _ENABLED = on_or_off(VARIABLE, True)
-# Of a layer's attributes those that say whether it may be bypassed.
-_SETTINGS = ("kernel_size", "stride", "padding", "dilation", "padding_mode", "eps", "approximate", "p")
+# Attributes in which another layer of the same type could do something else: of convolutions, and of the others.
+CONVOLUTION_SETTINGS = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+OTHER_SETTINGS = ("eps", "approximate", "p")
 _version = attrgetter("_version")
 _hooks = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Kinds of inputs that a module keeps recordings for.
@@ -73,7 +74,7 @@ class _State:
         self._layers = []
         for path, layer in layers:
             held = layer.__dict__
-            names = [n for n in _SETTINGS if n in held]
+            names = [n for n in CONVOLUTION_SETTINGS + OTHER_SETTINGS if n in held]
             read: Callable[[Any], Any] = itemgetter(*names) if names else len
             self._layers.append((path, ref(layer), type(layer), len(held), read, read(held)))
         self._types = [*map(type, _parameters(module, [layer for _, layer in layers]))]
@@ -146,6 +147,8 @@ def recorded(
     From the second call on for inputs of the same shapes, strides and dtypes, on a CPU and without gradients, as a
     recording, if it can be recorded.
     """
+    if torch.compiler.is_compiling():
+        return function(*inputs)
     state = _STATES.get(module)
     if state is None or not _ENABLED or not native.available() or is_recording() or is_observed() or is_measuring():
         return function(*inputs)
@@ -157,7 +160,7 @@ def recorded(
     if stamp is None or choice[0] not in ("auto", "native"):
         return function(*inputs)
     isa = native.extension().selected_isa()
-    choices = choice, multiplying_now(), tuned_generation(), packed_generation(), isa, settings
+    choices = choice, tuned_generation(), packed_generation(), isa, settings
     epoch = state.epoch
     if epoch is None or epoch.choices != choices or epoch.stamp != stamp:
         state.epoch = epoch = _Epoch(choices, stamp, weights)
@@ -185,4 +188,4 @@ def _replay(module: nn.Module, recording: Recording, *inputs: Tensor) -> Tensor:
         return recording.replay(*inputs)
 
 
-__all__ = ["forget", "recorded", "remember", "unchanged"]
+__all__ = ["CONVOLUTION_SETTINGS", "OTHER_SETTINGS", "forget", "recorded", "remember", "unchanged"]

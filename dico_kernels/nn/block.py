@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from dico_kernels.nn._fused import Fused, Layout, choose, find, promoted
+from dico_kernels.nn._state import recorded
 from dico_kernels.nn.adaln import modulation
 from dico_kernels.nn.grn import affine
 from dico_kernels.reference import dico, fcdm
@@ -59,7 +60,7 @@ class FusedDiCoBlock(Fused):
         if getattr(self.compute, "__func__", None) is not FusedDiCoBlock.compute:
             return self.compute(None, x, c)
         given = promoted(x, modulation(self.adaLN_modulation, c))
-        return self.fused_replay(weights, self.fused_eps, self._fused_branches, *given)
+        return recorded(self, weights, self.fused_eps, self._fused_branches, *given)
 
     def compute(self, library: ModuleType | None, *inputs: Any) -> Tensor:
         """See Fused."""
@@ -161,7 +162,7 @@ class FusedFCDMBlock(Fused):
         if getattr(self.compute, "__func__", None) is not FusedFCDMBlock.compute:
             return self.compute(None, x, c)
         given = promoted(x, modulation(self.adaLN_modulation, c))
-        return self.fused_replay(weights, (self.fused_eps, self.fused_affine), self._fused_branch, *given)
+        return recorded(self, weights, (self.fused_eps, self.fused_affine), self._fused_branch, *given)
 
     def compute(self, library: ModuleType | None, *inputs: Any) -> Tensor:
         """See Fused."""

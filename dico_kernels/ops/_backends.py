@@ -212,11 +212,6 @@ def _products() -> str:
     return _BRANCH.products or _SETTING.products
 
 
-def multiplying_now() -> str | None:
-    """What this thread was told by ``multiplying``."""
-    return _BRANCH.products
-
-
 def is_observed() -> bool:
     """Whether decisions are handed to somebody."""
     return _SETTING.record is not None
