@@ -133,19 +133,7 @@ class Denoiser(nn.Module):
 
 
 class UShaped(Denoiser):
-    """Base of DiCo and FCDM: what they do the same way in their levels and between them."""
-
-    def level(self, blocks: nn.ModuleList, x: Tensor, c: Tensor) -> Tensor:
-        """Run the blocks of a level, one after the other, under the same conditioning.
-
-        Args:
-            blocks: each (x, c) -> x.
-            x: (N, C, H, W).
-            c: (N, C) or (1, C).
-        """
-        for block in blocks:
-            x = block(x, c)
-        return x
+    """Base of DiCo and FCDM: what they do the same way between their levels."""
 
     def join(self, up: nn.Module, reduce: nn.Module, x: Tensor, skip: Tensor) -> Tensor:
         """Go up one level: the 1x1 convolution ``reduce`` of cat[up(x), skip].

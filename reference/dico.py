@@ -163,13 +163,18 @@ class DiCo(UShaped):
         c3 = self.t_embedder_3(t) + y3
 
         x = self.x_embedder(x)
-        x = self.level(self.encoder_level_1, x, c1)
+        for block in self.encoder_level_1:
+            x = block(x, c1)
         skip1, x = x, self.down1_2(x)
-        x = self.level(self.encoder_level_2, x, c2)
+        for block in self.encoder_level_2:
+            x = block(x, c2)
         skip2, x = x, self.down2_3(x)
-        x = self.level(self.latent, x, c3)
+        for block in self.latent:
+            x = block(x, c3)
         x = self.join(self.up3_2, self.reduce_chan_level2, x, skip2)
-        x = self.level(self.decoder_level_2, x, c2)
+        for block in self.decoder_level_2:
+            x = block(x, c2)
         x = self.join(self.up2_1, self.reduce_chan_level1, x, skip1)
-        x = self.level(self.decoder_level_1, x, c2)
+        for block in self.decoder_level_1:
+            x = block(x, c2)
         return self.final_layer(x, c2)

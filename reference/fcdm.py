@@ -153,13 +153,18 @@ class FCDM(UShaped):
         c3 = self.t_embedder_3(t) + self.y_embedder_3(y)
 
         x = self.x_embedder(x)
-        x = self.level(self.encoder_level_1, x, c1)
+        for block in self.encoder_level_1:
+            x = block(x, c1)
         skip1, x = x, self.down1_2(x)
-        x = self.level(self.encoder_level_2, x, c2)
+        for block in self.encoder_level_2:
+            x = block(x, c2)
         skip2, x = x, self.down2_3(x)
-        x = self.level(self.latent, x, c3)
+        for block in self.latent:
+            x = block(x, c3)
         x = self.join(self.up3_2, self.reduce_chans_2, x, skip2)
-        x = self.level(self.decoder_level_2, x, c2)
+        for block in self.decoder_level_2:
+            x = block(x, c2)
         x = self.join(self.up2_1, self.reduce_chans_1, x, skip1)
-        x = self.level(self.decoder_level_1, x, c1)
+        for block in self.decoder_level_1:
+            x = block(x, c1)
         return self.final_layer(self.output_layer(x), c1)

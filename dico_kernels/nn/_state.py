@@ -47,12 +47,14 @@ class _Epoch:
         stamp: the weights', see _stamp.
         storages: theirs, held so that no other memory gets their addresses.
         kinds: by kind of inputs the recording, or why there is none.
+        derived: what was computed of the weights alone, once it was asked for.
     """
 
     def __init__(self, choices: tuple[Any, ...], stamp: list[Any], weights: list[Tensor]) -> None:
         self.choices, self.stamp = choices, stamp
         self.storages = [w.untyped_storage() for w in weights]
         self.kinds: dict[Any, Recording | str] = {}
+        self.derived: tuple[Tensor | None, ...] | None = None
 
     def keep(self, kind: Any, found: Recording | str) -> None:
         """Remember what was found, and forget the oldest where that is too much."""
@@ -140,30 +142,33 @@ _ONE_AT_A_TIME = threading.Lock()  # a dispatch mode changes what all threads se
 
 
 def recorded(
-    module: nn.Module, weights: list[Tensor], settings: Any, function: Callable[..., Tensor], *inputs: Tensor
+    module: nn.Module,
+    weights: list[Tensor],
+    settings: Any,
+    function: Callable[..., Tensor],
+    *inputs: Tensor,
+    derive: Callable[[], tuple[Tensor | None, ...]] = tuple,
 ) -> Tensor:
-    """function(*inputs), which depends on nothing but the inputs, these weights of the module and these settings.
+    """function(*inputs, *derive()), which depends on nothing but the inputs, these weights of the module and settings.
 
     From the second call on for inputs of the same shapes, strides and dtypes, on a CPU and without gradients, as a
     recording, if it can be recorded.
+
+    Args:
+        module: has just been found unchanged.
+        weights: its own and its layers'.
+        settings: compared with those of the last call.
+        function: see above.
+        inputs: of function.
+        derive: what function takes beside the inputs, of the weights and settings alone: for as long as these stay as
+            they are, it is kept.
     """
-    if torch.compiler.is_compiling():
-        return function(*inputs)
-    state = _STATES.get(module)
-    if state is None or not _ENABLED or not native.available() or is_recording() or is_observed() or is_measuring():
-        return function(*inputs)
-    if not all(x.is_cpu and not x.is_neg() and x.numel() for x in inputs):
-        return function(*inputs)
-    if torch._C._len_torch_function_stack() or not only_numbers(*inputs):
-        return function(*inputs)
-    stamp, choice = _stamp(weights), current()
-    if stamp is None or choice[0] not in ("auto", "native"):
-        return function(*inputs)
-    isa = native.extension().selected_isa()
-    choices = choice, tuned_generation(), packed_generation(), isa, settings
-    epoch = state.epoch
-    if epoch is None or epoch.choices != choices or epoch.stamp != stamp:
-        state.epoch = epoch = _Epoch(choices, stamp, weights)
+    epoch = None if torch.compiler.is_compiling() else _epoch(module, weights, settings, inputs)
+    if epoch is None:
+        return function(*inputs, *derive())
+    if epoch.derived is None:
+        epoch.derived = derive()
+    derived = epoch.derived
     kind = torch.get_num_threads(), *[(x.shape, x.stride(), x.dtype) for x in inputs]
     found = epoch.kinds.get(kind)
     if isinstance(found, Recording):
@@ -172,13 +177,33 @@ def recorded(
         epoch.keep(kind, _SEEN_ONCE)
     elif found == _SEEN_ONCE and _ONE_AT_A_TIME.acquire(blocking=False):
         try:
-            y, result = record(function, inputs, weights)
+            read = weights + [v for v in derived if v is not None]
+            y, result = record(lambda *given: function(*given, *derived), inputs, read)
         finally:
             _ONE_AT_A_TIME.release()
         # Of this epoch: if it has ended meanwhile, nobody asks for it any more.
         epoch.keep(kind, result)
         return y
-    return function(*inputs)
+    return function(*inputs, *derived)
+
+
+def _epoch(module: nn.Module, weights: list[Tensor], settings: Any, inputs: Sequence[Tensor]) -> _Epoch | None:
+    """The module's at present, if a call on these inputs may be recorded, or replayed."""
+    state = _STATES.get(module)
+    if state is None or not _ENABLED or not native.available() or is_recording() or is_observed() or is_measuring():
+        return None
+    if not all(x.is_cpu and not x.is_neg() and x.numel() for x in inputs):
+        return None
+    if torch._C._len_torch_function_stack() or not only_numbers(*inputs):
+        return None
+    stamp, choice = _stamp(weights), current()
+    if stamp is None or choice[0] not in ("auto", "native"):
+        return None
+    choices = choice, tuned_generation(), packed_generation(), native.extension().selected_isa(), settings
+    epoch = state.epoch
+    if epoch is None or epoch.choices != choices or epoch.stamp != stamp:
+        state.epoch = epoch = _Epoch(choices, stamp, weights)
+    return epoch
 
 
 def _replay(module: nn.Module, recording: Recording, *inputs: Tensor) -> Tensor:

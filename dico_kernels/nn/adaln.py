@@ -43,44 +43,66 @@ def _plain_head(head: Any) -> nn.Linear | None:
 
 
 class _Given(threading.local):
-    """A thread's conditioning that was computed for a whole level, by head, with the c it is of."""
+    """What a thread knows within ``conditioned``.
+
+    Attributes:
+        level: by head the blocks of its level, until the first of their heads is asked.
+        found: of the level that was computed last, by head, the c that it is of and what the head makes of it.
+    """
 
     def __init__(self) -> None:
-        self.by_head: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        self.level: dict[nn.Module, Iterable[nn.Module]] = {}
+        self.found: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
 
 _GIVEN = _Given()
 
 
 @contextmanager
-def conditioned(blocks: Iterable[nn.Module], c: Tensor) -> Iterator[None]:
-    """Within the context, ``modulation`` has what the heads of these blocks make of c, computed at once where it pays.
+def conditioned(levels: Iterable[Iterable[nn.Module]]) -> Iterator[None]:
+    """Within the context, the first head of a level that ``modulation`` asks has all of them computed, where it pays.
+
+    Args:
+        levels: lists of blocks that are given the same c. What is computed is kept until the next level's is.
+    """
+    before = _GIVEN.level, _GIVEN.found
+    _GIVEN.level = {head: level for level in levels for block in level if (head := _head(block)) is not None}
+    _GIVEN.found = {}
+    try:
+        yield
+    finally:
+        _GIVEN.level, _GIVEN.found = before
+
+
+def _head(block: nn.Module) -> nn.Module | None:
+    return block._modules.get("adaLN_modulation")
+
+
+def _at_once(level: Iterable[nn.Module], c: Tensor) -> dict[nn.Module, tuple[Tensor, Tensor]]:
+    """What the heads of a level's blocks make of c, by head, with c.
 
     A head that is not plain is left to itself; all are, where one is not of the others' size or dtype, or a block has
     hooks or a forward of its own, which might change what is read here, or is compiled and would not look.
     """
     heads: dict[nn.Module, nn.Linear] = {}
-    for block in blocks if at_once(c) else ():
-        head = block._modules.get("adaLN_modulation")
+    for block in level if at_once(c) else ():
         if hooked(block) or block._compiled_call_impl is not None:
-            heads = {}
-            break
+            return {}
+        head = _head(block)
         if head is not None and isinstance(block, Fused) and (linear := _plain_head(head)) is not None:
             heads[head] = linear
     found = conditioning(c, [m.weight for m in heads.values()], [m.bias for m in heads.values()]) if heads else None
-    before = _GIVEN.by_head
-    try:
-        if found is not None:
-            _GIVEN.by_head = {**before, **{head: (c, y) for head, y in zip(heads, found.unbind(), strict=True)}}
-        yield
-    finally:
-        _GIVEN.by_head = before
+    return {} if found is None else {head: (c, y) for head, y in zip(heads, found.unbind(), strict=True)}
 
 
 def modulation(head: Any, c: Any) -> Tensor:
-    """What a conditioning head makes of c: as ``conditioned`` has it, else by calling the head."""
-    if not torch.compiler.is_compiling() and _GIVEN.by_head and not torch.is_grad_enabled():
-        of, y = _GIVEN.by_head.get(head, (None, None))
+    """What a conditioning head makes of c: with the others of its level within ``conditioned``, else by calling it."""
+    if not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        if (level := _GIVEN.level.get(head)) is not None:
+            for block in level:
+                _GIVEN.level.pop(_head(block), None)  # type: ignore[arg-type]
+            _GIVEN.found = _at_once(level, c)
+        of, y = _GIVEN.found.get(head, (None, None))
         if of is c and y is not None:
             return y
     found: Tensor = head(c)

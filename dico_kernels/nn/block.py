@@ -109,23 +109,34 @@ class FusedPlainDiCoBlock(FusedDiCoBlock):
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Apply the block: (N, C, H, W) -> same, channels_last."""
-        if self.fused_weights() is None:
+        weights = self.fused_weights()
+        if weights is None:
             return super(FusedDiCoBlock, self).forward(x)
-        return self.compute(None, x)
+        if getattr(self.compute, "__func__", None) is not FusedPlainDiCoBlock.compute:
+            return self.compute(None, x)
+        settings = self.fused_eps, self.fused_norms
+        return recorded(self, weights, settings, self._fused_plain, x, derive=self._fused_behind_norms)
 
     def compute(self, library: ModuleType | None, *inputs: Any) -> Tensor:
         """See Fused."""
-        (x,) = inputs
-        f = choose(library, x)
-        zero, one = x.new_zeros(1, x.shape[1]), x.new_ones(1, x.shape[1])
+        return self._fused_plain(*inputs, *self._fused_behind_norms(), library=library)
+
+    def _fused_behind_norms(self) -> tuple[Tensor | None, ...]:
+        """What _fused_plain takes beside x."""
         norm1, norm2 = (find(self, path) for path in self.fused_norms)
+        weight = self.conv1.weight
+        zero, one = weight.new_zeros(1, weight.shape[1]), weight.new_ones(1, weight.shape[1])
+        return zero, one, *_behind_affine(norm1, self.conv1), *_behind_affine(norm2, self.conv4)
+
+    def _fused_plain(self, x: Tensor, *behind_norms: Any, library: ModuleType | None = None) -> Tensor:
+        zero, one, weight1, bias1, weight4, bias4 = behind_norms
+        f = choose(library, x)
         x = f.conv_half(
-            x, zero, zero, one, *_behind_affine(norm1, self.conv1), self.conv2.weight, self.conv2.bias,
+            x, zero, zero, one, weight1, bias1, self.conv2.weight, self.conv2.bias,
             self.ca[1].weight, self.ca[1].bias, self.conv3.weight, self.conv3.bias, self.fused_eps[0],
         )  # fmt: skip
         y: Tensor = f.ffn_half(
-            x, zero, zero, one, *_behind_affine(norm2, self.conv4), self.conv5.weight, self.conv5.bias,
-            self.fused_eps[1],
+            x, zero, zero, one, weight4, bias4, self.conv5.weight, self.conv5.bias, self.fused_eps[1],
         )  # fmt: skip
         return y
 

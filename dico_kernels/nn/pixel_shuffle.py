@@ -73,14 +73,11 @@ class FusedUShape(Fused):
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """See reference.DiCo and reference.FCDM; the output is channels_last."""
-        return super().forward(x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x, t, y)
-
-    def level(self, blocks: nn.ModuleList, x: Tensor, c: Tensor) -> Tensor:
-        """See reference.base.UShaped."""
+        x = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
         if torch.compiler.is_compiling():
-            return super().level(blocks, x, c)  # type: ignore[misc]
-        with conditioned(blocks, c):
-            return super().level(blocks, x, c)  # type: ignore[misc]
+            return super().forward(x, t, y)
+        with conditioned(m for m in self._modules.values() if isinstance(m, nn.ModuleList)):
+            return super().forward(x, t, y)
 
     def join(self, up: nn.Module, reduce: nn.Module, x: Tensor, skip: Tensor) -> Tensor:
         """See reference.base.UShaped."""

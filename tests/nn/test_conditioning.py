@@ -39,6 +39,13 @@ def run(network, args):
     return out, sum(row.entry == "conditioning" for row in rows)
 
 
+def through(level, x, c):
+    with conditioned([level]):
+        for block in level:
+            x = block(x, c)
+    return x
+
+
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [(DiCo, torch.float32), (DiCo, torch.bfloat16), (DiCo, torch.float64), (FCDM, torch.float32)],
@@ -153,12 +160,12 @@ def with_hook_on_the_block(level):
 def test_heads_that_are_not_plain_are_called(change, levels, same):
     network = dk.fuse(model())
     level, x, c = network.latent, torch.randn(2, 32, 1, 2, device=DEVICE), torch.randn(2, 32, device=DEVICE)
-    plain, _ = run(lambda: network.level(level, x, c.clone()), ())
+    plain, _ = run(lambda: through(level, x, c.clone()), ())
     change(level)
-    found, grouped = run(lambda: network.level(level, x, c.clone()), ())
+    found, grouped = run(lambda: through(level, x, c.clone()), ())
     assert grouped == levels
     with torch.inference_mode():
-        wanted = dk.unfuse(network).level(level, x, c.clone())
+        wanted = through(dk.unfuse(network).latent, x, c.clone())
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
     assert same == ((found - plain).abs().max() < 1e-3)
 
@@ -168,12 +175,12 @@ def test_left_to_the_heads_where_more_than_numbers_is_wanted(monkeypatch):
     level, x, c = network.latent, torch.randn(2, 32, 1, 2, device=DEVICE), torch.randn(2, 32, device=DEVICE)
     rows = []
     with dk.backend("triton"), recording(rows.append):
-        network.level(level, x, c).sum().backward()
+        through(level, x, c).sum().backward()
         with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
-            network.level(level, x, c)
+            through(level, x, c)
         with torch.no_grad():
             monkeypatch.setattr(op, "_FEW", 1)
-            network.level(level, x, c)
+            through(level, x, c)
     assert not [row for row in rows if row.entry == "conditioning"]
     assert all(p.grad is not None for p in level[0].adaLN_modulation.parameters())
 
@@ -181,7 +188,7 @@ def test_left_to_the_heads_where_more_than_numbers_is_wanted(monkeypatch):
 def test_a_block_may_want_gradients_after_all():
     network = dk.fuse(model())
     level, x, c = network.latent, torch.randn(2, 32, 1, 2, device=DEVICE), torch.randn(2, 32, device=DEVICE)
-    with dk.backend("triton"), torch.no_grad(), conditioned(level, c), torch.enable_grad():
+    with dk.backend("triton"), torch.no_grad(), conditioned([level]), torch.enable_grad():
         level[0](x, c).sum().backward()
     assert level[0].adaLN_modulation[1].weight.grad is not None
 
@@ -190,7 +197,7 @@ def test_compiled_blocks_do_without():
     network = dk.fuse(model())
     network.latent[0].compile(backend="eager")
     level, x, c = network.latent, torch.randn(2, 32, 1, 2, device=DEVICE), torch.randn(2, 32, device=DEVICE)
-    _, grouped = run(lambda: network.level(level, x, c), ())
+    _, grouped = run(lambda: through(level, x, c), ())
     assert grouped == 0
 
 
@@ -207,8 +214,9 @@ def test_explain_shows_what_runs():
     with dk.backend("triton"):
         rows = dk.explain(network, *args)
     assert [(r.module, r.choice.backend) for r in rows if r.choice.entry == "conditioning"] == [
-        ("", "triton")
-    ] * GROUPED
+        ("latent.0", "triton"),
+        ("decoder_level_2.0", "triton"),
+    ]
 
 
 def test_what_was_computed_is_for_its_context_and_thread_alone():
@@ -228,7 +236,7 @@ def test_what_was_computed_is_for_its_context_and_thread_alone():
     try:
         AdaLNModulation.forward = lambda self, c: (calls.append(1), original(self, c))[1]
         with dk.backend("triton"), torch.no_grad():
-            with conditioned(blocks, c):
+            with conditioned([blocks]):
                 assert called(heads[0], c)[0] == 0
                 assert called(heads[0], other)[0] == 1
                 seen = []
@@ -236,7 +244,7 @@ def test_what_was_computed_is_for_its_context_and_thread_alone():
                 thread.start()
                 thread.join()
                 assert seen == [1]
-                with conditioned(blocks, other):
+                with conditioned([blocks]):
                     assert called(heads[1], other)[0] == 0
                     assert called(heads[1], c)[0] == 1
                 assert called(heads[1], c)[0] == 0
