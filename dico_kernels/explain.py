@@ -145,7 +145,9 @@ def explain(call: Any, *args: Any, **kwargs: Any) -> Explanation:
         return rows
 
     def record(choice: Choice) -> None:
-        rows.append(Row(stack[-1], choice))
+        # The first block of a level has it computed for all of them: that is the doing of the module they are in.
+        shared = choice.entry == "conditioning"
+        rows.append(Row(stack[-2 if shared and len(stack) > 1 else -1], choice))
 
     with _module_names(module, stack), recording(record), torch.no_grad():
         call(*args, **kwargs)
