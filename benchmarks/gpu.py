@@ -282,7 +282,7 @@ def _stages(result: report.Result) -> list[str]:
         if stage == "tests" and result["tests"]:
             words += f"; {gpu_tests.line(result['tests'])}"
         lines.append(words + (f"; {kept['note']}" if kept.get("note") else ""))
-    if alone := sum(bool(r.get("alone")) for r in result["models"]):
+    if alone := sum(bool(r.get("alone") or r.get("apart")) for r in result["models"]):
         lines.append(f"{alone} models were timed without some of their set: compare with care, or run again")
     return lines
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_logstart(nodeid: str) -> None:
-    """Write down what is running, for whoever finds this process dead."""
-    _write(start=nodeid)
+    """Write down what is running, and since when, for whoever finds this process dead, or has to end it."""
+    _write(start=nodeid, at=time.time())
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -21,13 +21,20 @@ TESTS = (
     "tests/kernels",
     "tests/ops/test_numerics.py",
     "tests/ops/test_branches.py",
+    "tests/ops/test_registration.py",
+    "tests/nn/test_conditioning.py",
+    "tests/test_gpu.py",
     "tests/test_sampling.py",
     "tests/test_graphs.py",
+    "tests/test_training.py",
+    "tests/test_tuning.py",
     "tests/cuda",
 )
-# The CPU's backends are tested elsewhere; so is what takes long and has nothing of a GPU.
-_ONLY = "not native and not reference and not every_level and not bytes_saved"
+# The CPU and its backends are tested elsewhere; so is what takes long and has nothing of a GPU.
+_ONLY = "not native and not reference and not cpu and not Refused and not every_level and not bytes_saved"
 _GRACE_S = 8.0
+# A test that takes longer is stuck, in a kernel or in compiling one: what is behind it goes on without it.
+_STUCK_S = 90.0
 
 
 def clone() -> Path | None:
@@ -77,8 +84,15 @@ class _Shard:
         """Ids of the tests that came to an end, or lost the device or their process."""
         return {line[key] for line in self.lines() for key in ("id", "lost") if key in line}
 
+    def stuck(self) -> bool:
+        """Whether its test has been running for too long."""
+        started = [line for line in self.lines() if "start" in line][-1:]
+        return any(s["start"] not in self.ended() and time.time() - s["at"] > _STUCK_S for s in started)
+
     def over(self) -> bool:
         """Whether there is nothing left to run."""
+        if self.process.poll() is None and self.stuck():
+            self.kill()
         status = self.process.poll()
         if status == DEVICE_LOST or (status is not None and status < 0 and self.bury()):
             self.start()

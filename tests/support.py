@@ -6,17 +6,21 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import dico_kernels
 import dico_kernels.reference
+from dico_kernels.reference.weights import named_input
 
 ROOT = Path(__file__).resolve().parent.parent
+EPS = torch.finfo(torch.float32).eps
 GOLDEN = ROOT / "tests" / "golden"
 REFERENCE_DIR = Path(dico_kernels.reference.__file__).parent
 
@@ -99,6 +103,27 @@ def plant(path: Path, source: str, bug: str) -> None:
     text = path.read_text()
     assert text.count(source) == 1, f"{source!r} is {text.count(source)} times in {path.name}, not once: move the bug"
     path.write_text(text.replace(source, bug))
+
+
+def results(model: nn.Module, inputs: Sequence[Tensor], **forward: Any) -> dict[str, Tensor]:
+    """The output and every gradient, of the input first."""
+    model.zero_grad()
+    x = inputs[0].detach().clone().requires_grad_()
+    out = model(x, *inputs[1:], **forward)
+    weights = named_input(tuple(out.shape), "input.grad_out").to(out.dtype)
+    (out * weights).sum().backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return {"output": out.detach(), "x": x.grad, **gradients}
+
+
+def assert_within_budget(
+    fused: dict[str, Tensor], eager: dict[str, Tensor], truth: dict[str, Tensor], band: float = 4 * EPS
+) -> None:
+    """At most twice eager's error, plus roundings; gradients of weights sum over pixels, whose error is eager's."""
+    assert fused.keys() == eager.keys() == truth.keys()
+    for key, value in truth.items():
+        if value.norm() > 1e-9:
+            assert rel_rms(fused[key], value) <= 2 * rel_rms(eager[key], value) + band, key
 
 
 def conditioning(n: int, c: int, dtype: torch.dtype, count: int = 2) -> list[Tensor]:

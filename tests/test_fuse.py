@@ -9,7 +9,7 @@ import pickle
 import pytest
 import torch
 from foreign import GRN, Block, Codec, PublishedDiCo, PublishedFCDM, Unconditioned
-from support import rel_rms
+from support import assert_within_budget, rel_rms, results
 from torch import nn
 
 import dico_kernels as dk
@@ -27,32 +27,12 @@ MODELS = {
 }
 # how many blocks and final layers each holds; ours are fused as a whole, too
 COUNTS = {"DiCo": 8, "FCDM": 8, "published DiCo": 7, "published FCDM": 7, "codec": 4, "wide codec": 2}
-BAND = 4 * torch.finfo(torch.float32).eps
 
 
 def hard(name):
     make, inputs = MODELS[name]
     torch.manual_seed(0)
     return fill_(make()).eval(), inputs
-
-
-def results(model, inputs, **forward):
-    """The output and every gradient, of the input first."""
-    model.zero_grad()
-    x = inputs[0].detach().clone().requires_grad_()
-    out = model(x, *inputs[1:], **forward)
-    weights = named_input(tuple(out.shape), "input.grad_out").to(out.dtype)
-    (out * weights).sum().backward()
-    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    return {"output": out.detach(), "x": x.grad, **gradients}
-
-
-def assert_within_budget(fused, eager, truth, band=BAND):
-    """At most twice eager's error, plus roundings; gradients of weights sum over pixels, whose error is eager's."""
-    assert fused.keys() == eager.keys() == truth.keys()
-    for key, value in truth.items():
-        if value.norm() > 1e-9:
-            assert rel_rms(fused[key], value) <= 2 * rel_rms(eager[key], value) + band, key
 
 
 def fused_modules(model):

@@ -16,21 +16,23 @@ from dico_kernels.reference.weights import fill_
 
 STEPS = 50
 MODELS = {"DiCo": DiCo, "FCDM": FCDM}
+PLACES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 def losses(model, dtype, layout=torch.contiguous_format):
     """The loss of every step from the model's weights on; data by step, the same for all."""
     model = copy.deepcopy(model).train().to(memory_format=layout)
+    place = next(model.parameters()).device
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4)
     generator = torch.Generator().manual_seed(0)
-    cast = contextlib.nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype)
+    cast = contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(place.type, dtype)
     found = []
     for _ in range(STEPS):
         x, noise = (torch.randn(2, 4, 16, 16, generator=generator) for _ in range(2))
         t, y = torch.randint(1000, (2,), generator=generator), torch.randint(10, (2,), generator=generator)
         with cast:
-            out = model((x + noise).contiguous(memory_format=layout), t, y)
-        loss = F.mse_loss(out.float(), noise)
+            out = model((x + noise).to(place).contiguous(memory_format=layout), t.to(place), y.to(place))
+        loss = F.mse_loss(out.float(), noise.to(place))
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -38,13 +40,13 @@ def losses(model, dtype, layout=torch.contiguous_format):
     return torch.tensor(found, dtype=torch.float64)
 
 
-def deviations(name, dtype, change=lambda model: model):
+def deviations(name, dtype, change=lambda model: model, place="cpu"):
     """How far channels_last, and fused, stray from the reference: rms over the steps, relative to its loss."""
     torch.manual_seed(0)
     model = MODELS[name](
         in_channels=4, hidden_size=32, depth=(1, 1, 1, 1, 1), num_classes=10, learn_sigma=False, class_dropout_prob=0
     )
-    fill_(model)
+    fill_(model).to(place)
     truth = losses(model, dtype)
     spread = losses(model, dtype, torch.channels_last)
     fused = losses(change(dk.fuse(copy.deepcopy(model))), dtype)
@@ -54,8 +56,9 @@ def deviations(name, dtype, change=lambda model: model):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", MODELS)
-def test_fifty_steps_follow_the_reference(name, dtype):
-    spread, fused = deviations(name, dtype)
+@pytest.mark.parametrize("place", PLACES)
+def test_fifty_steps_follow_eager(place, name, dtype):
+    spread, fused = deviations(name, dtype, place=place)
     assert spread > 0
     assert fused <= 10 * spread
 

@@ -39,6 +39,15 @@ def test_a_test_that_takes_its_process_down_costs_itself_only(tmp_path, small_cl
     assert (found["passed"], found["complete"], found["broken"]) == (6, True, [])
 
 
+def test_a_test_that_is_stuck_costs_itself_only(tmp_path, small_clone, monkeypatch):
+    monkeypatch.setattr(gpu_tests, "_STUCK_S", 3.0)
+    (small_clone / "tests" / "test_stuck.py").write_text("import time\ndef test_waits(): time.sleep(100)\n")
+    found = gpu_tests.run(tmp_path, time.time() + 60, 1, ["tests"], root=small_clone, poll_s=0.1)
+    assert found["lost"] == ["tests/test_stuck.py::test_waits"]
+    assert "tests/test_stuck.py::test_waits" in found["failures"]
+    assert (found["passed"], found["complete"], found["broken"]) == (6, True, [])
+
+
 def test_tests_that_cannot_be_collected_are_no_success(tmp_path, small_clone):
     (small_clone / "tests" / "conftest.py").write_text("import absent_module\n")
     found = gpu_tests.run(tmp_path, time.time() + 60, 1, ["tests"], root=small_clone, poll_s=0.1)

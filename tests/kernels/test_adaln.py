@@ -24,6 +24,13 @@ def run_seam(x, branch, gate, shift, scale, dy, dh, eps=1e-6):
     return (y, h, *adaln.gated_residual_adaln_backward(dy, dh, y, branch, gate, scale, mean, rstd))
 
 
+def cancelled(channels):
+    """LayerNorm of one channel: all but roundings cancels, float32's that a GPU's fused multiply-add leaves, which
+    1 / sqrt(eps) multiplies.
+    """
+    return 1e3 * torch.finfo(torch.float32).eps / 2 if channels == 1 else 0.0
+
+
 def total(gradient):
     """A broadcast vector's gradient from the per-sample one."""
     return gradient.sum(0, keepdim=True)
@@ -40,7 +47,7 @@ class TestAgainstFloat64:
         assert is_image(y, dtype)
         assert is_image(dx, dtype)
         assert dshift.dtype == dscale.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        agree((y, dx, dshift, dscale), F.adaln_modulate, (x, shift, scale), (dy,))
+        agree((y, dx, dshift, dscale), F.adaln_modulate, (x, shift, scale), (dy,), slack=cancelled(c))
 
     def test_gated_residual(self, shape, dtype, random, agree, is_image):
         x, branch, dy = (random(shape, dtype) for _ in range(3))
@@ -57,7 +64,8 @@ class TestAgainstFloat64:
         y, h, dx, dbranch, dgate, dshift, dscale = run_seam(x, branch, gate, shift, scale, dy, dh)
         assert all(is_image(v, dtype) for v in (y, h, dx, dbranch))
         order = (x, branch, gate, shift, scale)
-        agree((y, h, dx, dbranch, dgate, dshift, dscale), F.gated_residual_adaln, order, (dy, dh))
+        results = y, h, dx, dbranch, dgate, dshift, dscale
+        agree(results, F.gated_residual_adaln, order, (dy, dh), slack=cancelled(shape[1]))
 
 
 @pytest.mark.parametrize("broadcast", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1)], ids=str)

@@ -12,6 +12,9 @@ import triton.language as tl
 
 from dico_kernels.kernels import common, tiles
 
+# Elements a program: with 1024 a thread ptxas takes minutes.
+BLOCK = 1 << 12
+
 
 @triton.jit
 def _round_kernel(x, stored, values, N, BLOCK: tl.constexpr):
@@ -54,8 +57,7 @@ def boundaries() -> torch.Tensor:
 def test_rounding_is_torchs(dtype, device):
     x = boundaries().to(device)
     stored, values = torch.empty_like(x, dtype=dtype), torch.empty_like(x)
-    block = 1 << 16
-    _round_kernel[(common.cdiv(x.numel(), block),)](x, stored, values, x.numel(), BLOCK=block)
+    _round_kernel[(common.cdiv(x.numel(), BLOCK),)](x, stored, values, x.numel(), BLOCK=BLOCK)
     expected = x.to(dtype)
     assert torch.equal(stored.isnan(), x.isnan())
     kept = ~x.isnan()
@@ -67,7 +69,7 @@ def test_rounding_is_torchs(dtype, device):
 def test_every_bfloat16_loads_exactly(device):
     x = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).to(device)
     y = torch.empty_like(x, dtype=torch.float32)
-    _load_kernel[(1,)](x, y, x.numel(), ACC=tl.float32, BLOCK=65536)
+    _load_kernel[(common.cdiv(x.numel(), BLOCK),)](x, y, x.numel(), ACC=tl.float32, BLOCK=BLOCK)
     assert torch.equal(y.nan_to_num(12345.0), x.float().nan_to_num(12345.0))
     assert torch.equal(y.isnan(), x.isnan())
 
@@ -80,7 +82,7 @@ def test_gelu_and_its_derivative(dtype, bound, device):
     x = torch.cat([torch.linspace(-12, 12, 4001).to(dtype), every[every.isfinite()].to(dtype)]).to(device)
     y, dy = torch.empty_like(x), torch.empty_like(x)
     acc = common.acc_triton(dtype)
-    _gelu_kernel[(1,)](x, y, dy, x.numel(), ACC=acc, BLOCK=1 << 17)
+    _gelu_kernel[(common.cdiv(x.numel(), BLOCK),)](x, y, dy, x.numel(), ACC=acc, BLOCK=BLOCK)
     leaf = x.double().cpu().requires_grad_()
     expected = torch.nn.functional.gelu(leaf)
     (gradient,) = torch.autograd.grad(expected.sum(), leaf)
@@ -161,6 +163,8 @@ def test_launches_go_to_the_tensors_device(current, entered, monkeypatch):
         device = torch.device("cuda", 1)
 
     class Kernel:
+        arg_names = ("x",)
+
         def __getitem__(self, grid):
             return lambda *args, **given: launched.append(list(seen))
 
@@ -211,3 +215,68 @@ def test_float32_products_run_under_torchs_newer_setting(setting, expected, rand
         torch.set_float32_matmul_precision(before)
     exact = torch.nn.functional.conv2d(x.double(), weight.double()[:, :, None, None])
     assert (y - exact).norm() <= (1e-3 if expected == "tf32" else 1e-6) * exact.norm()
+
+
+class Compiled:
+    """A kernel as Triton compiles it, and what it was called with."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __getitem__(self, grid):
+        return lambda *args: self.calls.append((grid, args))
+
+
+class Kernel:
+    """A kernel as Triton has it before it is compiled, and what it was compiled for."""
+
+    arg_names = ("x", "n", "scale", "SIZE", "GELU")
+
+    def __init__(self):
+        self.compiled = []
+
+    def __getitem__(self, grid):
+        def call(*args, **options):
+            self.compiled.append((args, options, Compiled()))
+            return self.compiled[-1][-1]
+
+        return call
+
+
+def test_what_was_compiled_is_called_again(monkeypatch):
+    monkeypatch.setattr(common, "_on_nvidia", lambda x: True)
+    monkeypatch.setattr(common, "_COMPILED", {})
+    kernel = Kernel()
+    memory = torch.empty(64)
+    assert memory.data_ptr() % 16 == 0
+
+    def launch(x=memory, n=7, scale=None, programs=3, warps=4, size=8, gelu=True):
+        common.launch(kernel, programs, x, n, scale, num_warps=warps, GELU=gelu, SIZE=size)
+
+    launch()
+    launch()
+    launch(x=memory[4:], n=9, programs=5)
+    ((args, options, compiled),) = kernel.compiled
+    assert args == (memory, 7, None)
+    assert options == {"num_warps": 4, "num_stages": 3, "GELU": True, "SIZE": 8}
+    assert [(grid, a[1:]) for grid, a in compiled.calls] == [
+        ((3, 1, 1), (7, None, 8, True)),
+        ((5, 1, 1), (9, None, 8, True)),
+    ]
+    assert [a[0].data_ptr() for _, a in compiled.calls] == [memory.data_ptr(), memory[4:].data_ptr()]
+    others = [
+        {"x": memory[1:]}, {"x": memory.double()}, {"n": 1}, {"n": 16}, {"n": 2**31}, {"scale": memory},
+        {"scale": 0.5}, {"warps": 8}, {"size": 16}, {"gelu": False},
+    ]  # fmt: skip
+    for count, other in enumerate(others, 2):
+        launch(**other)
+        launch(**other)
+        assert len(kernel.compiled) == count, other
+    assert all(len(c.calls) == 1 for *_, c in kernel.compiled[1:])
+
+
+def test_the_interpreter_keeps_nothing(device, monkeypatch):
+    monkeypatch.setattr(common, "_COMPILED", {})
+    x = torch.randn(8, device=device)
+    common.launch(_load_kernel, 1, x, torch.empty_like(x), 8, num_warps=4, ACC=tl.float32, BLOCK=8)
+    assert bool(common._COMPILED) == (device != "cpu" and torch.version.hip is None)

@@ -19,6 +19,12 @@ def device(backend):
     return device_of(backend)
 
 
+@pytest.fixture(params=["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+def place(request):
+    """Each kind of device there is, whatever runs there."""
+    return request.param
+
+
 @pytest.fixture(params=CASES)
 def case(request):
     return CASES[request.param]

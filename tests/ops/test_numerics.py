@@ -110,7 +110,7 @@ def test_same_bits_every_time(case, backend, device):
 
 
 @pytest.mark.parametrize("name", ["adaln_modulate", "gated_residual", "gated_residual_adaln", "depthwise_adaln", "grn"])
-def test_same_bits_on_any_number_of_threads(name):
+def test_same_native_bits_on_any_number_of_threads(name):
     """Large enough to be shared out. The other ops hold a matrix product, which the library may sum by threads;
     tests/native has their kernels.
     """

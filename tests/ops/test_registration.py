@@ -31,9 +31,9 @@ def with_defaults(case, arguments):
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last", "permuted"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck(case, layout, dtype):
+def test_opcheck(case, place, layout, dtype):
     def prepare(a):
-        a = a.to(dtype)
+        a = a.to(place, dtype)
         if a.ndim == 4 and layout == "channels_last":
             a = a.contiguous(memory_format=torch.channels_last)
         elif a.ndim == 4 and layout == "permuted":
@@ -45,7 +45,7 @@ def test_opcheck(case, layout, dtype):
 
 
 @pytest.mark.parametrize("shape", [(2, 6, 3, 4), (1, 1, 1, 1)], ids=str)
-def test_opcheck_of_the_backward_ops(case, shape):
+def test_opcheck_of_the_backward_ops(case, place, shape):
     """Their arguments, as autograd hands them over."""
     seen = []
     name = f"{case.name}_backward"
@@ -58,24 +58,22 @@ def test_opcheck_of_the_backward_ops(case, shape):
             return func(*args, **(kwargs or {}))
 
     with Catch():
-        outputs_and_gradients(case.op, [a.float() for a in case.arguments(shape)])
+        outputs_and_gradients(case.op, [a.to(place).float() for a in case.arguments(shape)])
     assert len(seen) == 1
     torch.library.opcheck(op, seen[0], test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_compiles_whole_with_new_batch_and_resolution(name):
-    case = CASES[name]
+def test_compiles_whole_with_new_batch_and_resolution(case, place):
     torch._dynamo.reset()
     compiled = torch.compile(case.op, fullgraph=True, backend="aot_eager", dynamic=True)
     for shape in ((3, 8, 4, 6), (2, 8, 6, 10), (5, 8, 3, 7)):
-        arguments = [a.float() for a in case.arguments(shape)]
+        arguments = [a.to(place).float() for a in case.arguments(shape)]
         ours = outputs_and_gradients(compiled, arguments)
         for a, b in zip(ours, outputs_and_gradients(case.op, arguments), strict=True):
             assert torch.equal(a, b)
 
 
-def test_compiles_with_inductor():
+def test_compiles_with_inductor(place):
     torch._dynamo.reset()
 
     def chain(x, weight, bias, shift, scale, gate):
@@ -83,8 +81,8 @@ def test_compiles_with_inductor():
         h = dk.ops.cca_gate(h, weight, bias)
         return dk.ops.gated_residual(x, h, gate).relu()
 
-    x, weight, bias = (a.float() for a in CASES["cca_gate"].arguments((2, 8, 4, 6)))
-    vectors = [torch.randn(2, 8) for _ in range(3)]
+    x, weight, bias = (a.to(place).float() for a in CASES["cca_gate"].arguments((2, 8, 4, 6)))
+    vectors = [torch.randn(2, 8, device=place) for _ in range(3)]
     arguments = [x, weight, bias, *vectors]
     compiled = outputs_and_gradients(torch.compile(chain, fullgraph=True), arguments)
     for a, b in zip(compiled, outputs_and_gradients(chain, arguments), strict=True):
@@ -92,13 +90,14 @@ def test_compiles_with_inductor():
 
 
 @pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16], ids=str)
-def test_autocast(case, stream):
+def test_autocast(case, place, stream):
     """Parameters in float32, activations in either: the dtypes of eager, gradients in each argument's own."""
     lower = case.name in ("pointwise_depthwise_gelu", "depthwise_adaln", "cca_gate", "pixel_shuffle_skip")
     images = {"gated_residual": 2, "gated_residual_adaln": 2, "pixel_shuffle_skip": 2}.get(case.name, 1)
-    arguments = [a.to(stream) if i < images else a.float() for i, a in enumerate(case.arguments((2, 12, 4, 5)))]
+    arguments = [a.to(place) for a in case.arguments((2, 12, 4, 5))]
+    arguments = [a.to(stream) if i < images else a.float() for i, a in enumerate(arguments)]
     leaves = [a.clone().requires_grad_() for a in arguments]
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(place, torch.bfloat16):
         outs = tuple_of(case.op(*leaves))
     truth = tuple_of(case.definition(*(a.double() for a in arguments)))
     for out, exact in zip(outs, truth, strict=True):
@@ -110,9 +109,10 @@ def test_autocast(case, stream):
         assert torch.isfinite(leaf.grad).all()
 
 
-def test_autocast_leaves_float64_alone(case):
-    with torch.autocast("cpu", torch.bfloat16):
-        assert all(o.dtype == torch.float64 for o in tuple_of(case.op(*case.arguments((1, 4, 2, 2)))))
+def test_autocast_leaves_float64_alone(case, place):
+    with torch.autocast(place, torch.bfloat16):
+        outs = tuple_of(case.op(*(a.to(place) for a in case.arguments((1, 4, 2, 2)))))
+    assert all(o.dtype == torch.float64 for o in outs)
 
 
 def test_outputs_may_be_changed_in_place(case, backend, device):
