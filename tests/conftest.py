@@ -15,6 +15,8 @@ else:
 
 # cuDNN's convolutions may use TF32 by default: the reference would then be further from float64 than the budgets allow.
 torch.backends.cudnn.allow_tf32 = False
+# Some tests ask the reference, too, for the same bits twice.
+torch.backends.cudnn.deterministic = True
 
 
 @pytest.fixture(autouse=True)

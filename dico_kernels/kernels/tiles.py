@@ -163,7 +163,7 @@ def weight_grad_chunk(m: int) -> int:
 
 @dataclass(frozen=True)
 class PointwiseTile:
-    """As GemmTile, with a limit of registers a thread, and whether operands come by TMA (Hopper and later)."""
+    """As GemmTile, with a limit of registers a thread, and whether operands come by TMA (9.x to 11.x)."""
 
     m: int
     n: int
@@ -196,7 +196,8 @@ def pointwise_tile(m: int, n: int, k: int, dtype: torch.dtype, capability: int, 
         side_n = min(side_n, 64)
     big = side_m * side_n >= 16384
     # TMA moves whole tiles with one instruction, and rows of them have to begin at multiples of 16 bytes.
-    if capability >= 90 and k * dtype.itemsize % 16 == 0 and k >= 16:
+    # Not on 12.x, whose kernels spill in that many registers.
+    if 90 <= capability < 120 and k * dtype.itemsize % 16 == 0 and k >= 16:
         # 128 x 128 x 64 in 3 stages is 96 KiB: two programs a multiprocessor, so that one computes while the other is
         # in its epilogue. Both fit the register file too: 4 warps of 255 registers, or 8 of 128, which leave room for
         # a prologue in float32 or GELU.

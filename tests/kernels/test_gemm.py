@@ -264,11 +264,11 @@ class TestConfigurations:
         for m in (1, 64, 4096, 1 << 20):
             for n, k in ((1, 1), (24, 40), (416, 1664), (5000, 352)):
                 for dtype in DTYPES:
-                    for capability in (0, 80, 90, 100):
+                    for capability in (0, 80, 90, 100, 120):
                         t = tiles.pointwise_tile(m, n, k, dtype, capability, True)
                         assert all(tiles.pow2(side) == side >= 16 for side in (t.m, t.n, t.k))
                         assert (t.m + t.n) * t.k * dtype.itemsize * t.stages <= 99 * 1024
-                        assert not t.tma or (capability >= 90 and k * dtype.itemsize % 16 == 0)
+                        assert not t.tma or (capability in (90, 100) and k * dtype.itemsize % 16 == 0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: the interpreter has nothing in flight")
