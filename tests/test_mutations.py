@@ -261,6 +261,12 @@ BUGS |= {
         "packed_generation(), isa",
         f"{RECORDED} -k eps",
     ),
+    "what was made of the weights is not known for theirs": (
+        "nn/_state.py",
+        "weights + [v for v in derived if v is not None]",
+        "weights",
+        f"{RECORDED} -k join_the_weights",
+    ),
     "hooks not looked for": (
         "nn/_state.py",
         " or any(_hooks(held))",

@@ -199,7 +199,8 @@ def _epoch(module: nn.Module, weights: list[Tensor], settings: Any, inputs: Sequ
     stamp, choice = _stamp(weights), current()
     if stamp is None or choice[0] not in ("auto", "native"):
         return None
-    choices = choice, tuned_generation(), packed_generation(), native.extension().selected_isa(), settings
+    isa = native.extension().selected_isa()
+    choices = choice, tuned_generation(), packed_generation(), isa, settings
     epoch = state.epoch
     if epoch is None or epoch.choices != choices or epoch.stamp != stamp:
         state.epoch = epoch = _Epoch(choices, stamp, weights)
