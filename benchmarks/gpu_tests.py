@@ -27,7 +27,6 @@ TESTS = (
     "tests/test_sampling.py",
     "tests/test_graphs.py",
     "tests/test_training.py",
-    "tests/test_tuning.py",
     "tests/cuda",
 )
 # The CPU and its backends are tested elsewhere; so is what takes long and has nothing of a GPU.
