@@ -110,7 +110,7 @@ def results(model: nn.Module, inputs: Sequence[Tensor], **forward: Any) -> dict[
     model.zero_grad()
     x = inputs[0].detach().clone().requires_grad_()
     out = model(x, *inputs[1:], **forward)
-    weights = named_input(tuple(out.shape), "input.grad_out").to(out.dtype)
+    weights = named_input(tuple(out.shape), "input.grad_out").to(out)
     (out * weights).sum().backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return {"output": out.detach(), "x": x.grad, **gradients}
