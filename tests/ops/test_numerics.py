@@ -103,7 +103,9 @@ def test_absent_biases(case, backend, device):
 
 
 def test_same_bits_every_time(case, backend, device):
-    arguments = [a.float().to(device) for a in case.arguments((2, 40, 9, 7))]
+    """Interpreted, programs run one after the other: a small image shows what that can show."""
+    shape = (2, 8, 4, 3) if backend == "triton" and device == "cpu" else (2, 40, 9, 7)
+    arguments = [a.float().to(device) for a in case.arguments(shape)]
     first = outputs_and_gradients(case.op, arguments)
     for a, b in zip(outputs_and_gradients(case.op, arguments), first, strict=True):
         assert torch.equal(a, b)
