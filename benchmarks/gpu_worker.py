@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import os
 import sys
 import time
@@ -76,7 +77,7 @@ class Worker:
         self.sample_s = _KERNEL_SAMPLE_S if stage == "kernels" else None
         self.parent, self.slowest, self.skipped = parent, 0.0, 0
         self.clocks: str | None = None
-        self.clocks_read = -_CLOCKS_S
+        self.clocks_read = -math.inf
 
     def run(self, ceilings: Sequence[str] = CEILINGS) -> None:
         """Measure what is not yet settled, and note how far it came."""

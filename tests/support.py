@@ -20,6 +20,9 @@ import dico_kernels.reference
 from dico_kernels.reference.weights import named_input
 
 ROOT = Path(__file__).resolve().parent.parent
+# Kinds of devices there are; the last is where Triton runs, by its interpreter if that is the CPU.
+PLACES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+DEVICE = PLACES[-1]
 EPS = torch.finfo(torch.float32).eps
 GOLDEN = ROOT / "tests" / "golden"
 REFERENCE_DIR = Path(dico_kernels.reference.__file__).parent

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from support import assert_within_budget, results
+from support import EPS, assert_within_budget, results
 
 import dico_kernels as dk
 from dico_kernels import tuning
@@ -35,7 +35,7 @@ def test_fused_within_the_error_budget(model, inputs):
     fused = results(dk.fuse(model), inputs)
     assert all(v.is_cuda for v in fused.values())
     # Weights' gradients are sums over pixels and samples, in an order of their own.
-    assert_within_budget(fused, eager, truth, band=32 * torch.finfo(torch.float32).eps)
+    assert_within_budget(fused, eager, truth, band=32 * EPS)
 
 
 def test_a_training_step_under_autocast(model, inputs):

@@ -7,6 +7,7 @@ import copy
 
 import pytest
 import torch
+from support import PLACES
 from torch.nn import functional as F
 
 import dico_kernels as dk
@@ -16,7 +17,6 @@ from dico_kernels.reference.weights import fill_
 
 STEPS = 50
 MODELS = {"DiCo": DiCo, "FCDM": FCDM}
-PLACES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 def losses(model, dtype, layout=torch.contiguous_format):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from fake_device import Device
 from fake_graphs import FakeGraphs
+from support import DEVICE
 
 import dico_kernels as dk
 from dico_kernels import _timing, native, tuning
@@ -20,8 +21,6 @@ from dico_kernels.reference import DiCo
 from dico_kernels.reference.weights import fill_
 
 CPU = torch.device("cpu")
-# Where Triton's kernels run: by its interpreter, if there is no GPU.
-TRITONS = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(autouse=True)
@@ -303,7 +302,7 @@ def test_a_runner_that_has_recorded_nothing_is_tuned(times):
 
 def test_triton_has_three_candidates(times):
     times |= {"library": 3.0, "mixed": 1.0, "fused": 2.0}
-    call = branch(n=1, c=4, side=2, device=TRITONS)
+    call = branch(n=1, c=4, side=2, device=DEVICE)
     with dk.backend("triton"):
         before = call()
         rows = dk.tune(call)
@@ -311,7 +310,7 @@ def test_triton_has_three_candidates(times):
         assert list(rows[0].ms) == ["library", "mixed", "fused"]
         assert runs_on(call) == {"triton"}
         torch.testing.assert_close(call(), before, rtol=1e-5, atol=1e-5)
-    if TRITONS == "cpu":
+    if DEVICE == "cpu":
         assert runs_on(call) != {"triton"}  # native's choice is its own
 
 

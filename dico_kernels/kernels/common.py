@@ -217,7 +217,7 @@ def multiplies_by_wgmma(x: Tensor) -> bool:
 _COMPILED: dict[tuple[Any, ...], tuple[Any, Any, tuple[Any, ...]]] = {}
 
 
-def specialised(v: Tensor | TensorDescriptor | float | None) -> Any:
+def _specialised(v: Tensor | TensorDescriptor | float | None) -> Any:
     """What Triton compiles a kernel anew for, of an argument."""
     if isinstance(v, Tensor):
         return v.dtype, v.data_ptr() % 16 == 0
@@ -252,7 +252,7 @@ def launch(
     with torch.cuda.device(x.device) if elsewhere else contextlib.nullcontext():
         nvidia = _on_nvidia(x)  # to AMD's compiler pointers have one property more
         options = (num_warps, num_stages, maxnreg)
-        key = (id(kernel), x.device.index, options, *constants.items(), *map(specialised, args)) if nvidia else ()
+        key = (id(kernel), x.device.index, options, *constants.items(), *map(_specialised, args)) if nvidia else ()
         if (found := _COMPILED.get(key)) is not None:
             found[1][(programs, 1, 1)](*args, *found[2])
             return

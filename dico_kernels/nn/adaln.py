@@ -99,8 +99,7 @@ def modulation(head: Any, c: Any) -> Tensor:
     """What a conditioning head makes of c: with the others of its level within ``conditioned``, else by calling it."""
     if not torch.compiler.is_compiling() and not torch.is_grad_enabled():
         if (level := _GIVEN.level.get(head)) is not None:
-            for block in level:
-                _GIVEN.level.pop(_head(block), None)  # type: ignore[arg-type]
+            _GIVEN.level = {h: blocks for h, blocks in _GIVEN.level.items() if blocks is not level}
             _GIVEN.found = _at_once(level, c)
         of, y = _GIVEN.found.get(head, (None, None))
         if of is c and y is not None:

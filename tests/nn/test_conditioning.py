@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from support import DEVICE
 from torch import nn
 
 import dico_kernels as dk
@@ -19,7 +20,6 @@ from dico_kernels.reference.weights import fill_
 pytest.importorskip("triton")
 DEPTH = (1, 1, 3, 2, 1)
 GROUPED = 2  # levels of more than one block
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def inputs(dtype=torch.float32, n=2):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from ops_cases import CASES, backends, device_of
+from support import PLACES
 
 import dico_kernels as dk
 
@@ -19,7 +20,7 @@ def device(backend):
     return device_of(backend)
 
 
-@pytest.fixture(params=["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+@pytest.fixture(params=PLACES)
 def place(request):
     """Each kind of device there is, whatever runs there."""
     return request.param
