@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dico_kernels._linear import onednn_multiplies
@@ -40,6 +41,19 @@ def _place(weight: Tensor) -> tuple[Any, ...]:
     return weight.data_ptr(), weight.stride(), weight.shape
 
 
+def _forget_what_stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Forget the packed weights of an optimizer that counts no change of theirs, as those with fused=True do not."""
+    fused = [p for group in optimizer.param_groups if group.get("fused") for p in group["params"]]
+    if fused and _PACKED:
+        # Whoever derived something of a weight, packed or not, asks for this number.
+        _COUNT.value += 1
+        for parameter in fused:
+            _PACKED.pop(parameter, None)
+
+
+_HOOKED: list[Any] = []
+
+
 def keep(weight: Tensor, reorder: Callable[[Tensor], Tensor], form: str = ONEDNN) -> bool:
     """Keep what ``reorder`` makes of a weight, in a layout of the name ``form``, in place of what was kept.
 
@@ -52,6 +66,8 @@ def keep(weight: Tensor, reorder: Callable[[Tensor], Tensor], form: str = ONEDNN
         return False
     with torch.no_grad():
         tensor = reorder(weight.detach())
+    if not _HOOKED:
+        _HOOKED.append(register_optimizer_step_post_hook(_forget_what_stepped))
     storage = StorageWeakRef(weight.untyped_storage())  # type: ignore[no-untyped-call]
     _COUNT.value += 1
     _PACKED[weight] = _Packed(tensor, form, weight.dtype, weight._version, _place(weight), storage)
@@ -62,6 +78,11 @@ def forget(weight: Tensor) -> None:
     """Undo keep."""
     _COUNT.value += 1
     _PACKED.pop(weight, None)
+
+
+def holds(weight: Tensor) -> bool:
+    """Whether something is kept of a weight, so that its owner has promised not to write to it unseen."""
+    return weight in _PACKED
 
 
 def bytes_of(weight: Tensor) -> Tensor | None:

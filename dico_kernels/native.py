@@ -23,7 +23,7 @@ from dico_kernels._gemm import multiplies as multiplies
 from dico_kernels._gemm import pointwise as pointwise
 from dico_kernels._linear import from_rows, linear, rows
 from dico_kernels._memory import DTYPES, dense, image, kind, like, reduced, row_blocks, vector, wide_stream
-from dico_kernels._packed import ONEDNN, packed
+from dico_kernels._packed import ONEDNN, bytes_of, packed
 from dico_kernels._vectors import channel_attention as channel_attention
 from dico_kernels._vectors import conditioning as conditioning
 from dico_kernels.dtypes import accumulation_dtype
@@ -372,9 +372,10 @@ def pixel_shuffle_skip(up: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | 
     k, wide = matrix.shape
     if bias is not None:
         dense("bias", bias, (k,), up.dtype, up.device)
-    out, kept = None, packed(weight, form() if multiplies(weight) else ONEDNN)
     # Unpacked, oneDNN takes no longer than our product and the packing before it.
-    own = kept is not None and multiplies(weight)
+    own = multiplies(weight) and bytes_of(weight) is not None
+    out, kept = None, packed(weight, form() if own else ONEDNN)
+    own = own and kept is not None
     for part, pixels, cat in _shuffle_chunks(small, wide):
         sizes = (part.stop - part.start, small.shape[1], small.shape[2] // 4, large.shape[2])
         call("shuffle_gather", up, small[part], large[part], cat, *sizes)

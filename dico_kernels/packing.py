@@ -36,7 +36,8 @@ class PackedConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, K, H', W')."""
-        kept = packed(self.weight) if x.ndim == 4 and _usable(x, self.weight) else None
+        plain = x.ndim == 4 and self.padding_mode == "zeros" and not isinstance(self.padding, str)
+        kept = packed(self.weight) if plain and _usable(x, self.weight) else None
         if kept is None:
             return super().forward(x)
         how = (self.padding, self.stride, self.dilation, self.groups)
@@ -116,8 +117,9 @@ def pack(model: Model) -> Model:
 
     Costs the memory of these weights once more. Forward passes without gradients use the packed weights; gradients,
     optimisers, ``state_dict`` and copies of the model see the originals, which stay as they are. A weight that was
-    changed or moved since is used unpacked, until packed anew. What PyTorch does not count as a change, writing through
-    ``.data`` or from outside PyTorch, needs another call of pack.
+    changed or moved since is used unpacked, until packed anew; so is one that an optimizer with ``fused=True`` stepped.
+    What PyTorch does not count as a change, writing through ``.data`` or from outside PyTorch, needs another call of
+    pack.
 
     Layers that are exactly nn.Conv2d or nn.Linear become PackedConv2d or PackedLinear, in place, until unpack. Call
     fuse before pack.
@@ -134,8 +136,8 @@ def pack(model: Model) -> Model:
     """
     if not sum(_pack_all(model, set())):
         warnings.warn(
-            "nothing was packed: expected convolutions or linear layers with float32 or bfloat16 weights on a CPU, in "
-            "a torch with oneDNN",
+            "nothing was packed: expected convolutions or linear layers with float32 or bfloat16 weights on a CPU, not "
+            "made under inference_mode, in a torch with oneDNN",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -150,7 +152,9 @@ def unpack(model: Model) -> Model:
     """
     for module in model.modules():
         _state.forget(module)
-        module.__class__ = getattr(type(module), "plain_class", type(module))
+        kind = type(module)
+        if kind is PackedConv2d or kind is PackedLinear:  # not what others made of it: a parametrised one, FSDP's
+            module.__class__ = kind.plain_class
         for parameter in module._parameters.values():
             if parameter is not None:
                 forget(parameter)

@@ -156,6 +156,12 @@ def _step(model):
     torch.optim.SGD(model.parameters(), lr=0.01).step()
 
 
+def _step_uncounted(model):
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    torch.optim.SGD(model.parameters(), lr=0.01, fused=True).step()
+
+
 def _replace(model):
     for m in model.modules():
         for key, p in list(m._parameters.items()):
@@ -165,6 +171,7 @@ def _replace(model):
 
 CHANGES = {
     "optimiser": _step,
+    "optimiser, fused": _step_uncounted,
     "load_state_dict": lambda m: m.load_state_dict({k: v * 1.01 for k, v in m.state_dict().items()}),
     "assign": lambda m: m.load_state_dict({k: v * 1.01 for k, v in m.state_dict().items()}, assign=True),
     "to": lambda m: m.bfloat16().float(),
@@ -179,7 +186,7 @@ def test_changed_weights_are_never_stale(change, used):
     dk.pack(model)
     with torch.no_grad():
         model(*inputs)
-        with torch.enable_grad() if change == "optimiser" else torch.no_grad():
+        with torch.enable_grad() if "optimiser" in change else torch.no_grad():
             CHANGES[change](model)
         result, packed, _ = used(lambda: model(*inputs))
         assert packed == 0
@@ -257,3 +264,42 @@ def test_nothing_to_pack_is_said(why):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         dk.unpack(model)
+
+
+@pytest.mark.parametrize("setting", [("padding_mode", "circular"), ("padding", "same"), ("dilation", (2, 2))])
+def test_settings_of_a_packed_layer_are_read(setting):
+    layer, x = nn.Conv2d(3, 5, 3, padding=1), torch.randn(2, 3, 8, 8)
+    dk.pack(layer)
+    setattr(layer, *setting)
+    if setting[0] == "padding_mode":
+        layer._reversed_padding_repeated_twice = [1, 1, 1, 1]
+    with torch.no_grad():
+        result = layer(x)
+        assert rel_rms(result, dk.unpack(layer)(x)) < 1e-6
+
+
+def test_a_parametrization_survives_unpack():
+    class Double(nn.Module):
+        def forward(self, w):
+            return 2 * w
+
+    model, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(3, 8)
+    expected = 2 * (model(x) - model[0].bias) + model[0].bias
+    dk.pack(model)
+    torch.nn.utils.parametrize.register_parametrization(model[0], "weight", Double())
+    with torch.no_grad():
+        assert rel_rms(model(x), expected) < 1e-6
+        assert rel_rms(dk.unpack(model)(x), expected) < 1e-6
+
+
+@pytest.mark.parametrize("products", ["library", "auto"])
+def test_the_way_up_is_packed_for_whoever_multiplies(products, used):
+    torch.manual_seed(0)
+    layer = dk.nn.SkipUpsample(16)
+    x, skip = torch.randn(1, 16, 4, 4), torch.randn(1, 8, 8, 8)
+    with torch.no_grad(), dk.backend("auto", products=products):
+        plain = layer(x, skip)
+        dk.pack(layer)
+        y, packed, left = used(lambda: layer(x, skip))
+    assert (packed, left) == (2, 0)  # the dense convolution's, and the 1x1's
+    assert rel_rms(y, plain) < 1e-6

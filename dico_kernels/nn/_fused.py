@@ -91,6 +91,9 @@ class Fused(nn.Module):
                 return f"{name} is gone"
             if type(layer) is not kind:
                 return f"{name} is now a {type(layer).__name__}, and was a {kind.__name__}"
+            inside = sum(other[:-1] == path for other, *_ in self.fused_layout)
+            if len(layer._modules) != inside:
+                return f"{name} now has {len(layer._modules)} layers in it, and had {inside}"
             if settings(layer) != wanted:
                 return f"{name} now has {settings(layer)}, and had {wanted}"
             if reason := hooked(layer):

@@ -18,6 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from dico_kernels import native
 from dico_kernels._packed import generation as packed_generation
+from dico_kernels._packed import holds
 from dico_kernels._recording import Recording, is_recording, record
 from dico_kernels.ops._backends import current, is_observed, on_or_off
 from dico_kernels.ops._library import only_numbers
@@ -47,14 +48,20 @@ class _Epoch:
         stamp: the weights', see _stamp.
         storages: theirs, held so that no other memory gets their addresses.
         kinds: by kind of inputs the recording, or why there is none.
-        derived: what was computed of the weights alone, once it was asked for.
+        derived: what was computed of the weights alone, where that may be kept: of packed ones.
     """
 
     def __init__(self, choices: tuple[Any, ...], stamp: list[Any], weights: list[Tensor]) -> None:
         self.choices, self.stamp = choices, stamp
         self.storages = [w.untyped_storage() for w in weights]
         self.kinds: dict[Any, Recording | str] = {}
+        self.keeps = any(map(holds, weights))
         self.derived: tuple[Tensor | None, ...] | None = None
+
+    def foreign(self, derived: tuple[Tensor | None, ...]) -> list[Tensor]:
+        """Those of the tensors derived of the weights that have memory of their own."""
+        held = {s.data_ptr() for s in self.storages}
+        return [v for v in derived if v is not None and v.untyped_storage().data_ptr() not in held]
 
     def keep(self, kind: Any, found: Recording | str) -> None:
         """Remember what was found, and forget the oldest where that is too much."""
@@ -78,7 +85,7 @@ class _State:
             held = layer.__dict__
             names = [n for n in CONVOLUTION_SETTINGS + OTHER_SETTINGS if n in held]
             read: Callable[[Any], Any] = itemgetter(*names) if names else len
-            self._layers.append((path, ref(layer), type(layer), len(held), read, read(held)))
+            self._layers.append((path, ref(layer), type(layer), len(held), len(layer._modules), read, read(held)))
         self._types = [*map(type, _parameters(module, [layer for _, layer in layers]))]
         self.epoch: _Epoch | None = None
 
@@ -87,7 +94,7 @@ class _State:
         if type(module) is not self._type:
             return None
         layers = []
-        for path, was, kind, attributes, read, settings in self._layers:
+        for path, was, kind, attributes, children, read, settings in self._layers:
             layer: nn.Module | None = module
             for name in path:
                 layer = None if layer is None else layer._modules.get(name)
@@ -95,7 +102,9 @@ class _State:
                 return None
             held = layer.__dict__
             # A forward of the instance's own would be one attribute more.
-            if len(held) != attributes or read(held) != settings or any(_hooks(held)):
+            if len(held) != attributes or len(layer._modules) != children or read(held) != settings:
+                return None
+            if any(_hooks(held)):
                 return None
             layers.append(layer)
         found = _parameters(module, layers)
@@ -160,25 +169,27 @@ def recorded(
         settings: compared with those of the last call.
         function: see above.
         inputs: of function.
-        derive: what function takes beside the inputs, of the weights and settings alone: for as long as these stay as
-            they are, it is kept.
+        derive: what function takes beside the inputs, of the weights and settings alone. It is kept for as long as
+            these stay as they are if a weight is packed, and derived at each call if none is: PyTorch does not count
+            what is written through ``.data``, and only pack asks for that to be left undone.
     """
     epoch = None if torch.compiler.is_compiling() else _epoch(module, weights, settings, inputs)
     if epoch is None:
         return function(*inputs, *derive())
-    if epoch.derived is None:
-        epoch.derived = derive()
-    derived = epoch.derived
+    derived = epoch.derived if epoch.derived is not None else derive()
+    if epoch.keeps:
+        epoch.derived = derived
+    given = inputs if epoch.keeps else (*inputs, *epoch.foreign(derived))
     kind = torch.get_num_threads(), *[(x.shape, x.stride(), x.dtype) for x in inputs]
     found = epoch.kinds.get(kind)
     if isinstance(found, Recording):
-        return _replay(module, found, *inputs)
+        return _replay(module, found, *given)
     if found is None:
         epoch.keep(kind, _SEEN_ONCE)
     elif found == _SEEN_ONCE and _ONE_AT_A_TIME.acquire(blocking=False):
         try:
-            read = weights + [v for v in derived if v is not None]
-            y, result = record(lambda *given: function(*given, *derived), inputs, read)
+            read = weights + [v for v in derived if v is not None] if epoch.keeps else weights
+            y, result = record(lambda *now: function(*now[: len(inputs)], *derived), given, read)
         finally:
             _ONE_AT_A_TIME.release()
         # Of this epoch: if it has ended meanwhile, nobody asks for it any more.
