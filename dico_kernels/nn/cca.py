@@ -7,6 +7,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from dico_kernels import ops
+from dico_kernels.nn._fused import hooked
 
 
 class CompactChannelAttention(nn.Sequential):
@@ -20,6 +21,8 @@ class CompactChannelAttention(nn.Sequential):
 
     Shape: (N, C, H, W) -> same, channels_last.
 
+    Where a layer was replaced or has a hook, the layers run as they are.
+
     Raises:
         ValueError: an x the op does not accept.
     """
@@ -29,6 +32,8 @@ class CompactChannelAttention(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """Gate x."""
+        if [*map(type, self)] != [nn.AdaptiveAvgPool2d, nn.Conv2d, nn.Sigmoid] or any(map(hooked, self)):
+            return x * cast(Tensor, super().forward(x))  # type: ignore[no-untyped-call]
         conv = cast(nn.Conv2d, self[1])
         return ops.cca_gate(x, conv.weight, conv.bias)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from dico_kernels.nn._fused import Fused, choose
+from dico_kernels.nn._fused import Fused, choose, promoted
 from dico_kernels.reference import fcdm
 from dico_kernels.reference.functional import GRN_EPS
 
@@ -49,8 +49,14 @@ class FusedGlobalResponseNorm(Fused):
     def compute(self, library: ModuleType | None, *inputs: Any) -> Tensor:
         """See Fused."""
         (x,) = inputs
-        f = choose(library, x)
         gamma, beta = affine(self, self.fused_affine)
+        if x.ndim != 4:
+            return cast(Tensor, super().forward(x))
+        f = choose(library, x)
+        if not torch.is_autocast_enabled(x.device.type):
+            x, gamma = promoted(x, gamma)
+            x, beta = promoted(x, beta)
+            gamma = gamma.to(x.dtype)
         image = x.permute(0, 3, 1, 2) if self.fused_channels_last else x
         y: Tensor = f.grn(image, gamma, beta, self.fused_eps)
         return y.permute(0, 2, 3, 1) if self.fused_channels_last else y

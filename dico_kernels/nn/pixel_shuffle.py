@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from dico_kernels import ops
-from dico_kernels.nn._fused import Fused, hooked, unreadable
+from dico_kernels.nn._fused import Fused, hooked, settings, unreadable
 from dico_kernels.nn.adaln import conditioned
 from dico_kernels.reference import base
+
+_POINTWISE = ((1, 1), (1, 1), (0, 0), (1, 1), "zeros")  # a 1x1 convolution's settings
 
 
 class Downsample(nn.Sequential):
@@ -42,6 +44,8 @@ class SkipUpsample(nn.Module):
 
     Shape: x (N, C, H, W), skip (N, S, 2H, 2W) -> (N, K, 2H, 2W), channels_last.
 
+    Where a layer was replaced or has a hook, the layers run as they are.
+
     Raises:
         ValueError: a shape or dtype the op does not accept, naming the argument.
     """
@@ -56,7 +60,10 @@ class SkipUpsample(nn.Module):
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         """Go up one level."""
-        return joined(self.up, self.reduce, x, skip)
+        if separable(self.up, self.reduce):
+            return joined(self.up, self.reduce, x, skip)
+        y: Tensor = self.reduce(torch.cat([self.up(x), skip], 1))
+        return y
 
 
 class FusedUShape(Fused):
@@ -89,7 +96,10 @@ class FusedUShape(Fused):
 def separable(up: nn.Module, reduce: nn.Module) -> bool:
     """Whether up's shuffle and the 1x1 may be run as one, without calling them: both as built, and nobody listens."""
     pair = up[0] if type(up) is nn.Sequential and len(up) == 1 else None
-    if type(pair) is not nn.Sequential or len(pair) != 2 or type(reduce) is not nn.Conv2d:
+    if type(pair) is not nn.Sequential or len(pair) != 2:
+        return False
+    # pack() makes a class of its own of what it finds by itself
+    if getattr(type(reduce), "plain_class", type(reduce)) is not nn.Conv2d or settings(reduce) != _POINTWISE:
         return False
     shuffle = pair[1]
     if type(shuffle) is not nn.PixelShuffle or shuffle.upscale_factor != 2:

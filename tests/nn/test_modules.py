@@ -175,3 +175,51 @@ def test_pixel_shuffle_is_not_stored_twice():
     up = dk.nn.SkipUpsample(C)
     rows = dk.explain(up, image(), image(C // 2, 8, 12))
     assert [r.choice.entry for r in rows] == ["pixel_shuffle_skip"]
+
+
+def doubled(module, args, out):
+    return 2 * out
+
+
+@pytest.mark.parametrize("change", ["hook", "replaced", "extended"])
+def test_channel_attention_of_changed_layers(change):
+    torch.manual_seed(0)
+    module, x = dk.nn.CompactChannelAttention(6), torch.randn(2, 6, 5, 5)
+    if change == "hook":
+        module[1].register_forward_hook(doubled)
+    elif change == "replaced":
+        module[2] = nn.Hardsigmoid()
+    else:
+        module.append(nn.Hardtanh(0.4, 0.6))
+    gate = x
+    for layer in module:
+        gate = layer(gate)
+    assert rel_rms(module(x), x * gate) < 1e-6
+
+
+@pytest.mark.parametrize("change", ["hook", "up's hook", "wrapped", "strided"])
+def test_way_up_of_changed_layers(change):
+    torch.manual_seed(0)
+    module = dk.nn.SkipUpsample(16)
+    x, skip = torch.randn(2, 16, 4, 4), torch.randn(2, 8, 8, 8)
+    if change == "hook":
+        module.reduce.register_forward_hook(doubled)
+    elif change == "up's hook":
+        module.up.register_forward_hook(doubled)
+    elif change == "wrapped":
+        module.reduce = nn.Sequential(module.reduce, nn.Tanh())
+    else:
+        module.reduce.stride = (2, 2)
+    assert rel_rms(module(x, skip), module.reduce(torch.cat([module.up(x), skip], 1))) < 1e-6
+
+
+@pytest.mark.parametrize("layout", ["fcdm", "convnext", "timm"])
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str)
+def test_grn_promotes_as_pytorch_does(layout, dtypes):
+    torch.manual_seed(0)
+    module = fill_(dk.nn.GlobalResponseNorm(6, layout)).to(dtypes[1])
+    x = torch.randn(2, 6, 4, 3) if layout == "fcdm" else torch.randn(2, 4, 3, 6)
+    y = module(x.to(dtypes[0]))
+    assert y.dtype == torch.float32
+    wide = copy.deepcopy(module).double()
+    assert rel_rms(y, wide(x.to(dtypes[0]).double())) < 1e-6
