@@ -147,8 +147,9 @@ class _Setting:
 
     def choose(self, *choice: Any) -> None:
         """Take another (name, strict, products)."""
+        # The table along with its choice: another thread sees those of before or these.
+        self.chosen = choice[0], self.tables.setdefault(choice, {})
         self.name, self.strict, self.products = choice
-        self.settled = self.tables.setdefault(choice, {})
 
 
 _SETTING = _Setting()
@@ -228,10 +229,9 @@ def select(entry: str, x: Tensor) -> Callable[..., Any]:
     Raises:
         BackendError: strict, and what is asked for cannot run.
     """
-    settled, key = _SETTING.settled, (entry, "cpu" if x.is_cpu else x.device.type)
+    (wanted, settled), key = _SETTING.chosen, (entry, "cpu" if x.is_cpu else x.device.type)
     if (found := settled.get(key)) is not None and _SETTING.record is None:
         return found
-    wanted = _SETTING.name
     order = list(_BACKENDS) if wanted == "auto" else [wanted, *(b for b in _BACKENDS if b != wanted)]
     refusals: dict[str, str] = {}
     for name in order:
@@ -242,7 +242,7 @@ def select(entry: str, x: Tensor) -> Callable[..., Any]:
         why_not, functions = _BACKENDS[name]
         reason = why_not(entry, x)
         if reason is None:
-            _note(entry, x, name, refusals)
+            _note(entry, x, name, refusals, wanted)
             function: Callable[..., Any] = getattr(functions(), entry)
             settled[key] = function
             return function
@@ -252,15 +252,14 @@ def select(entry: str, x: Tensor) -> Callable[..., Any]:
 
 def optional(entry: str, x: Tensor) -> Callable[..., Any] | None:
     """An entry that a backend may do without: of the one that select would take, or None."""
-    settled, key = _SETTING.settled, (entry + "?", "cpu" if x.is_cpu else x.device.type)
+    (wanted, settled), key = _SETTING.chosen, (entry + "?", "cpu" if x.is_cpu else x.device.type)
     if key in settled:
         return settled[key]
-    settled[key] = found = _optional(entry, x)
+    settled[key] = found = _optional(entry, x, wanted)
     return found
 
 
-def _optional(entry: str, x: Tensor) -> Callable[..., Any] | None:
-    wanted = _SETTING.name
+def _optional(entry: str, x: Tensor, wanted: str) -> Callable[..., Any] | None:
     for name in [*([] if wanted == "auto" else [wanted]), *_BACKENDS]:
         if name == "triton" and name != wanted and x.device.type != "cuda":
             continue
@@ -329,9 +328,8 @@ def fused_products(entry: str, x: Tensor, weight: Tensor) -> Callable[..., Any] 
     return found
 
 
-def _note(entry: str, x: Tensor, name: str, refusals: dict[str, str]) -> None:
+def _note(entry: str, x: Tensor, name: str, refusals: dict[str, str], wanted: str) -> None:
     """Raise or warn where the choice is not what was asked for, and record it."""
-    wanted = _SETTING.name
     fell_back = (wanted not in ("auto", name)) or (name == "reference" and wanted == "auto")
     if fell_back and _SETTING.strict:
         reasons = "; ".join(f"{b}: {r}" for b, r in refusals.items())

@@ -27,7 +27,7 @@ def who_runs():
 def _forget(monkeypatch):
     monkeypatch.setattr(_backends._SETTING, "warned", set())
     monkeypatch.setattr(_backends._SETTING, "tables", {})
-    monkeypatch.setattr(_backends._SETTING, "settled", {})
+    monkeypatch.setattr(_backends._SETTING, "chosen", (_backends._SETTING.name, {}))
 
 
 def test_auto_is_native_on_a_cpu():
@@ -120,3 +120,23 @@ def test_explain_names_modules_and_leaves_no_hooks():
     assert "why not the others" in table
     assert "2x4x3x3" in table
     assert str(dk.explain(nn.Identity(), X)) == "No dico_kernels op was called."
+
+
+def test_a_choice_and_what_was_found_for_it_change_together(monkeypatch):
+    """Another thread that enters a context between two reads of the setting must not spoil the table of before."""
+    before, switched = _backends._why_not_native, []
+
+    def why_not(entry, x):
+        if not switched:
+            switched.append(dk.backend("reference"))
+            switched[0].__enter__()
+        return before(entry, x)
+
+    monkeypatch.setitem(_backends._BACKENDS, "native", (why_not, _backends._BACKENDS["native"][1]))
+    x = torch.ones(1, 2, 3, 3).contiguous(memory_format=torch.channels_last)
+    try:
+        assert _backends.select("channel_sums", x) is native.channel_sums
+        assert _backends.select("channel_sums", x).__module__ == "dico_kernels.ops._reference"
+    finally:
+        switched[0].__exit__(None, None, None)
+    assert _backends.select("channel_sums", x) is native.channel_sums
