@@ -12,7 +12,7 @@ DICO_INLINE vfloat power_of_two(vfloat v) {
     p = p * f + 0.240221075f;
     p = p * f + 0.693147188f;
     p = p * f + 1.00000008f;
-    return (vfloat)((vint)p + ((vint)shifted << 23));
+    return (vfloat)((vuint)p + ((vuint)shifted << 23));
 }
 
 // 1 / v for v of 1 to 1e3, or NaN. Two units in the last place: a division would take half of GELU's time.

@@ -86,18 +86,22 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock) adaln_modulate_fwd_kern
         }
         const A mean = warp_sum(sum) / static_cast<A>(a.channels);
 
-        A squares = 0;
+        A squares = 0, left = 0;
         for (int64_t p = lane; p < packs; p += kWarp) {
             const P in = x[p];
 #pragma unroll
             for (int i = 0; i < V; ++i) {
                 const A centred = widen(in.element[i]) - mean;
                 squares += centred * centred;
+                left += centred;
             }
         }
-        const A rstd = reciprocal_root(warp_sum(squares) / static_cast<A>(a.channels) + static_cast<A>(a.eps));
+        // What rounding left of the mean, as large as the deviation where the mean is 1e6 of it.
+        left = warp_sum(left) / static_cast<A>(a.channels);
+        const A variance = warp_sum(squares) / static_cast<A>(a.channels) - left * left;
+        const A rstd = reciprocal_root(variance + static_cast<A>(a.eps));
         if (lane == 0) {
-            static_cast<A*>(a.mean)[row] = mean;
+            static_cast<A*>(a.mean)[row] = mean + left;
             static_cast<A*>(a.rstd)[row] = rstd;
         }
 
@@ -106,7 +110,7 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock) adaln_modulate_fwd_kern
             P out;
 #pragma unroll
             for (int i = 0; i < V; ++i) {
-                const A normalised = (widen(in.element[i]) - mean) * rstd;
+                const A normalised = ((widen(in.element[i]) - mean) - left) * rstd;
                 out.element[i] = narrow<T>(normalised * (A(1) + widen(by.element[i])) + widen(plus.element[i]));
             }
             y[p] = out;
