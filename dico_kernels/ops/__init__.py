@@ -3,6 +3,7 @@
 Also callable as ``torch.ops.dico_kernels.*``, where an op that keeps statistics for its backward returns them too.
 """
 
+from dico_kernels.ops._flops import register_formulas
 from dico_kernels.ops.adaln import adaln_modulate, gated_residual, gated_residual_adaln
 from dico_kernels.ops.block import conv_half, ffn_half
 from dico_kernels.ops.cca import cca_gate
@@ -10,6 +11,8 @@ from dico_kernels.ops.depthwise import depthwise_adaln, pointwise_depthwise_gelu
 from dico_kernels.ops.fcdm_block import fcdm_block
 from dico_kernels.ops.grn import grn
 from dico_kernels.ops.pixel_shuffle import pixel_shuffle_skip
+
+register_formulas()
 
 __all__ = [
     "adaln_modulate",
