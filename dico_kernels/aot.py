@@ -83,7 +83,7 @@ class Result:
 
 def _calls(dtype: torch.dtype, n: int, c: int, size: int) -> Iterator[partial[Any]]:
     """A call of each launcher at width c on n images of size x size."""
-    from dico_kernels.kernels import adaln, channel, depthwise, pixel_shuffle, pointwise, vectors
+    from dico_kernels.kernels import adaln, channel, depthwise, grn, pixel_shuffle, pointwise, sums, vectors
 
     acc = accumulation_dtype(dtype)
 
@@ -112,6 +112,14 @@ def _calls(dtype: torch.dtype, n: int, c: int, size: int) -> Iterator[partial[An
         yield partial(vectors.channel_attention, tensor(few, c, dtype=acc), size * size, tensor(c, c), tensor(c))
         heads = [tensor(6 * c, c)] * 9, [tensor(6 * c)] * 9
         yield partial(vectors.conditioning, tensor(few, c), *heads)
+    parts = tensor(n, 16, c, dtype=acc)
+    yield partial(vectors.channel_attention_backward, parts, vector, vector, size * size, tensor(c, c))
+    yield partial(grn.grn_scale, parts, tensor(c), 1e-6)
+    yield partial(grn.grn_rescale, vector, tensor(c), 1e-6)
+    yield partial(grn.grn_scale_backward, parts, vector, tensor(c), 1e-6)
+    # what the backward of a feed-forward half, of a convolution half, and of FCDM's block add up
+    for count in (5, 8, 9):
+        yield partial(sums.add_up, [parts] * count, dtype)
     yield partial(pointwise.gelu, x, False)
     yield partial(pointwise.gelu, x, True)
     yield partial(pointwise.gelu_backward, x, x, keep=True)
@@ -251,11 +259,12 @@ def _source(launch: Launch) -> Any:
             signature[name] = f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}>"
             continue
         tensor = isinstance(value, torch.Tensor)
-        if not tensor and value in (None, 1):
+        as_it_is = launch.kernel.params[i].do_not_specialize
+        if value is None or (not tensor and value == 1 and not as_it_is):
             signature[name], constants[(i,)] = "constexpr", value
             continue
         signature[name] = "*" + _TYPES[value.dtype] if tensor else "i32" if value < 2**31 else "i64"
-        if tensor or value % 16 == 0:
+        if tensor or (value % 16 == 0 and not as_it_is):
             attributes[(i,)] = [["tt.divisibility", 16]]
     for name, value in launch.constants.items():
         signature[name], constants[(names.index(name),)] = "constexpr", value
@@ -460,6 +469,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     import triton
 
+    if not args.update and not args.budgets.exists():
+        print(f"error: --budgets {args.budgets}: no such file", file=sys.stderr)
+        return 2
     try:
         results = compile_all(args.targets, args.kernels, args.jobs, progress=True)
     except ValueError as error:
@@ -467,7 +479,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if args.update:
         _write(args.budgets, triton.__version__, results, not args.kernels and set(args.targets) == set(TARGETS))
-    budgets = json.loads(args.budgets.read_text()) if args.budgets.exists() else {}
+    budgets = json.loads(args.budgets.read_text())
     budget = budgets.get(triton.__version__)
     print(table(results, budget))
     if budget is None:

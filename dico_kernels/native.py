@@ -141,8 +141,8 @@ def gated_residual(x: Tensor, branch: Tensor, gate: Tensor, overwrite: bool = Fa
     return y
 
 
-def gate_gradient(dy: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(gate * dy, dy, the sums of dy over (H, W)): the first two of gate's dtype, sums (N, C), accumulation dtype.
+def gate_gradient(dy: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(gate * dy, dy, the sums over (H, W) of dy, of gate * dy): two of gate's dtype, two (N, C), accumulation dtype.
 
     dy may be float32 though gate is a 16-bit type; where it is not, the second result is dy itself.
     """
@@ -156,7 +156,7 @@ def gate_gradient(dy: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     narrow = like(dy, dtype) if wide else dy
     args = (dy, gate, dbranch, narrow, sums, reduced(dy, blocks, c), stride, wide)
     call("gate_gradient", dy, *sizes, *args, dtype=dtype)
-    return dbranch, narrow, sums
+    return dbranch, narrow, sums, sums * gate.to(sums.dtype)
 
 
 def gated_residual_backward(dy: Tensor, branch: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:

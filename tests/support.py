@@ -28,6 +28,14 @@ GOLDEN = ROOT / "tests" / "golden"
 REFERENCE_DIR = Path(dico_kernels.reference.__file__).parent
 
 
+def added_up(parts: Tensor) -> Tensor:
+    """(N, C) of the sums over pixels that a Triton kernel leaves in (N, parts, C)."""
+    assert parts.ndim == 3
+    assert parts.is_contiguous()
+    assert parts.dtype in (torch.float32, torch.float64)
+    return parts.sum(1)
+
+
 def rel_rms(actual: Tensor, expected: Tensor) -> float:
     """rms(actual - expected) / rms(expected); NaN anywhere gives NaN, which fails every comparison."""
     actual, expected = actual.detach().double(), expected.detach().double()

@@ -60,6 +60,12 @@ def test_unknown_names_are_answered_with_the_known_ones():
         aot.compile_all(["sm_89"])
 
 
+def test_a_budget_that_is_not_there_is_no_budget_to_pass(tmp_path):
+    done = gate("--kernels", KERNEL, "--budgets", str(tmp_path / "none.json"))
+    assert done.returncode == 2
+    assert "none.json: no such file" in done.stderr
+
+
 def test_every_kernel_is_compiled():
     written = set()
     for path in (ROOT / "dico_kernels" / "kernels").glob("[a-z]*.py"):

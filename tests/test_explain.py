@@ -68,3 +68,12 @@ def test_backends_are_named():
         rows = dk.explain(model, *inputs)
     assert {r.choice.backend for r in rows} == {"reference"}
     assert "reference" in str(rows)
+
+
+def test_every_kernel_of_a_block_is_named():
+    """Those that a backend may do without, too."""
+    x, c = torch.randn(1, 16, 8, 8), torch.randn(1, 16)
+    for block, wanted in ((dk.nn.DiCoBlock(16), "depthwise"), (dk.nn.FCDMBlock(16), "grn_scale")):
+        with torch.no_grad():
+            entries = {row.choice.entry for row in dk.explain(block.eval(), x, c)}
+        assert any(entry.startswith(wanted) for entry in entries), entries

@@ -125,7 +125,7 @@ def _gated_residual_fwd_kernel(
 
 @triton.jit
 def _gate_gradient_kernel(
-    dy, gate, dbranch, narrow, sums_out,
+    dy, gate, dbranch, narrow, sums_out, gated_out,
     C, HW, row_blocks, col_blocks, gate_stride,
     NARROW: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SPAN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -146,7 +146,9 @@ def _gate_gradient_kernel(
         store(dbranch + offset, g * d, mask)
         if NARROW:
             store(narrow + offset, d, mask)
-    tl.store(sums_out + row_offset(band, C) + c, tl.sum(sums, axis=0), mask=c < C)
+    total = tl.sum(sums, axis=0)
+    tl.store(sums_out + row_offset(band, C) + c, total, mask=c < C)
+    tl.store(gated_out + row_offset(band, C) + c, total * load(gate + n * gate_stride + c, c < C, ACC), mask=c < C)
 
 
 @triton.jit
@@ -255,7 +257,7 @@ def adaln_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple
 def adaln_modulate_backward(
     dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of adaln_modulate: dx like x; dshift and dscale a sample, (N, C) in the accumulation type."""
+    """Gradients of adaln_modulate: dx like x; dshift and dscale, (N, parts, C) in the accumulation type."""
     dx, _, dshift, dscale = _adaln_backward(dy, None, x, None, scale, mean, rstd)
     return dx, dshift, dscale
 
@@ -277,7 +279,7 @@ def _adaln_backward(
     blocks = cdiv(h * w, tile.span)
     dx = empty_image(n, c, h, w, like=x)
     y = None if shift is None else dh
-    parts = [empty_acc(n, blocks, c, like=x) for _ in range(2)]
+    parts = empty_acc(n, blocks, c, like=x), empty_acc(n, blocks, c, like=x)
     shift_stride = 0 if shift is None else batch_stride(shift)
     launch(
         _adaln_bwd_kernel, n * blocks,
@@ -286,8 +288,7 @@ def _adaln_backward(
         PAST=dy is not None, AGAIN=y is not None,
         ROWS=tile.rows, COLS=tile.cols, SPAN=tile.span, ACC=acc_triton(x.dtype), num_warps=tile.warps,
     )  # fmt: skip
-    dshift, dscale = (p.sum(1) for p in parts)
-    return dx, y, dshift, dscale
+    return dx, y, *parts
 
 
 def gated_residual(x: Tensor, branch: Tensor, gate: Tensor, overwrite: bool = False) -> Tensor:
@@ -304,25 +305,25 @@ def gated_residual(x: Tensor, branch: Tensor, gate: Tensor, overwrite: bool = Fa
     return y
 
 
-def gate_gradient(dy: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(gate * dy, dy, both of gate's type, and dy's sums over pixels, (N, C) in the accumulation type)."""
+def gate_gradient(dy: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(gate * dy, dy, both of gate's type, and the sums over pixels of dy and of gate * dy, (N, parts, C))."""
     n, c, h, w = dy.shape
     tile = band_tile(c, h * w)
     row_blocks, col_blocks = cdiv(h * w, tile.span), cdiv(c, tile.cols)
     dbranch = empty_image(n, c, h, w, like=gate)
     narrow = None if dy.dtype == gate.dtype else empty_image(n, c, h, w, like=gate)
-    part = empty_acc(n, row_blocks, c, like=dy)
+    parts = empty_acc(n, row_blocks, c, like=dy), empty_acc(n, row_blocks, c, like=dy)
     launch(
         _gate_gradient_kernel, n * row_blocks * col_blocks,
-        dy, gate, dbranch, narrow, part, c, h * w, row_blocks, col_blocks, batch_stride(gate),
+        dy, gate, dbranch, narrow, *parts, c, h * w, row_blocks, col_blocks, batch_stride(gate),
         NARROW=narrow is not None,
         ROWS=tile.rows, COLS=tile.cols, SPAN=tile.span, ACC=acc_triton(dy.dtype), num_warps=tile.warps,
     )  # fmt: skip
-    return dbranch, dy if narrow is None else narrow, part.sum(1)
+    return dbranch, dy if narrow is None else narrow, *parts
 
 
 def gated_residual_backward(dy: Tensor, branch: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    """dbranch = gate * dy like branch; dgate = sum over pixels of dy * branch, (N, C) in the accumulation type."""
+    """dbranch = gate * dy like branch; dgate = sum over pixels of dy * branch, (N, parts, C)."""
     n, c, h, w = branch.shape
     tile = band_tile(c, h * w)
     row_blocks, col_blocks = cdiv(h * w, tile.span), cdiv(c, tile.cols)
@@ -333,7 +334,7 @@ def gated_residual_backward(dy: Tensor, branch: Tensor, gate: Tensor) -> tuple[T
         dy, branch, gate, dbranch, part, c, h * w, row_blocks, col_blocks, batch_stride(gate),
         ROWS=tile.rows, COLS=tile.cols, SPAN=tile.span, ACC=acc_triton(branch.dtype), num_warps=tile.warps,
     )  # fmt: skip
-    return dbranch, part.sum(1)
+    return dbranch, part
 
 
 def gated_residual_adaln(
@@ -357,17 +358,16 @@ def gated_residual_adaln(
 def gated_residual_adaln_backward(
     dy: Tensor, dh: Tensor, y: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of gated_residual_adaln in one pass: dx, dbranch, and dgate, dshift, dscale a sample, (N, C)."""
+    """Gradients of gated_residual_adaln in one pass: dx, dbranch, and dgate, dshift, dscale, (N, parts, C)."""
     n, c, h, w = y.shape
     tile = row_tile(c, h * w, tensors=6)
     blocks = cdiv(h * w, tile.span)
     dx, dbranch = empty_image(n, c, h, w, like=y), empty_image(n, c, h, w, like=y)
-    parts = [empty_acc(n, blocks, c, like=y) for _ in range(3)]
+    parts = empty_acc(n, blocks, c, like=y), empty_acc(n, blocks, c, like=y), empty_acc(n, blocks, c, like=y)
     launch(
         _gated_residual_adaln_bwd_kernel, n * blocks,
         dy, dh, y, branch, gate, scale, mean, rstd, dx, dbranch, *parts,
         c, h * w, blocks, batch_stride(gate), batch_stride(scale),
         ROWS=tile.rows, COLS=tile.cols, SPAN=tile.span, ACC=acc_triton(y.dtype), num_warps=tile.warps,
     )  # fmt: skip
-    dgate, dshift, dscale = (p.sum(1) for p in parts)
-    return dx, dbranch, dgate, dshift, dscale
+    return dx, dbranch, *parts

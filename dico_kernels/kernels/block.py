@@ -12,9 +12,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from dico_kernels.dtypes import accumulation_dtype
 from dico_kernels.kernels.channel import channel_sums
 from dico_kernels.kernels.depthwise import depthwise
 from dico_kernels.kernels.gemm import Partials, Statistics, modulation_terms, pointwise, project, row_statistics
+from dico_kernels.kernels.grn import grn_scale
+from dico_kernels.kernels.sums import add_up
 from dico_kernels.kernels.vectors import channel_attention
 
 
@@ -74,7 +77,8 @@ def conv_half_forward(
         eps=eps,
     )
     y2 = depthwise(first.y, dw_weight, dw_bias, gelu=True)
-    pooled, attention = channel_attention(channel_sums(y2), x.shape[2] * x.shape[3], ca_weight, ca_bias)
+    (sums,) = add_up([channel_sums(y2)], accumulation_dtype(x.dtype))
+    pooled, attention = channel_attention(sums, x.shape[2] * x.shape[3], ca_weight, ca_bias)
     second = pointwise(y2, pw2_weight, pw2_bias, scale=attention, gate=gate, residual=x, partials=more)
     assert first.statistics is not None
     return ConvHalf(second.y, second.partials, first.statistics, first.y, pooled, attention)
@@ -142,8 +146,7 @@ def fcdm_block_forward(
         channel="squares",
     )
     assert first.sums is not None
-    norm = first.sums.sqrt()
-    s = 1 + gamma.reshape(1, -1) * (norm / (norm.mean(1, keepdim=True) + grn_eps))
+    norm, s = grn_scale(first.sums, gamma, grn_eps)
     bias = project(beta.reshape(1, -1), pw2_weight)[0]
     second = pointwise(
         first.y,

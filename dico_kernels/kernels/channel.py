@@ -1,6 +1,7 @@
 """Sums over pixels and per-channel affine maps, shared by channel attention and GRN.
 
-Images (N, C, H, W) with channels_last memory. Sums in two stages without atomics: fixed bands of rows, then the bands.
+Images (N, C, H, W) with channels_last memory. Sums in two stages without atomics: fixed bands of rows here, then the
+bands where they are wanted.
 """
 
 from __future__ import annotations
@@ -79,16 +80,16 @@ def _sums(a: Tensor, b: Tensor | None) -> Tensor:
         DOT=b is not None, ROWS=tile.rows, COLS=tile.cols, SPAN=tile.span, ACC=acc_triton(a.dtype),
         num_warps=tile.warps,
     )  # fmt: skip
-    return part.sum(1)
+    return part
 
 
 def channel_sums(x: Tensor) -> Tensor:
-    """Sum over pixels: (N, C) in the accumulation type."""
+    """Sum over pixels, in parts: (N, parts, C) in the accumulation type."""
     return _sums(x, None)
 
 
 def channel_dots(a: Tensor, b: Tensor) -> Tensor:
-    """Sum over pixels of a * b: (N, C) in the accumulation type."""
+    """Sum over pixels of a * b, in parts: (N, parts, C) in the accumulation type."""
     return _sums(a, b)
 
 
@@ -100,7 +101,7 @@ def channel_affine(
     r: Tensor | None = None,
     overwrite: bool = False,
 ) -> Tensor:
-    """x * s + z * r + shift like x; s, r and shift (N, C) or (1, C) in the accumulation type, z like x.
+    """x * s + z * r + shift like x; s, r and shift (N, C) or (1, C), z like x.
 
     With overwrite the result may take x's memory.
     """

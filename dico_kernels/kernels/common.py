@@ -161,6 +161,18 @@ def row_offset(row, C):
     return row.to(tl.int64) * C
 
 
+@triton.jit
+def summed_parts(parts, n, count, C, c, PARTS: tl.constexpr, ACC: tl.constexpr):
+    """The sum over the parts of sample n, (samples, count, C), in columns c: PARTS at a time, so that none waits."""
+    i = tl.arange(0, PARTS)
+    sums = tl.zeros([c.shape[0]], ACC)
+    for first in range(0, count, PARTS):
+        p = first + i
+        mask = (p < count)[:, None] & (c < C)[None, :]
+        sums += tl.sum(load(parts + row_offset(n * count + p, C)[:, None] + c[None, :], mask, ACC), axis=0)
+    return sums
+
+
 @dataclass(frozen=True)
 class Launch:
     """One recorded launch: what ahead-of-time compilation needs to build the same kernel."""

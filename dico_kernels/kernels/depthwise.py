@@ -97,7 +97,7 @@ def _depthwise_fwd_kernel(
 
 @triton.jit
 def _depthwise_bwd_kernel(
-    dz, x, weight, dx, part,
+    dz, x, weight, dx, taps_out, bias_out,
     C, H, W, row_blocks, col_blocks, channel_blocks,
     K: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -163,15 +163,14 @@ def _depthwise_bwd_kernel(
             kept = kept + (xs[j],)
         dxs = moved + (zero,)
         xs = kept
-    out = part + row_offset(stream, (K * K + 1)) * C + c
     for t in tl.static_range(K * K):
-        tl.store(out + t * wide(C), tl.sum(dtaps[t], axis=0), mask=c < C)
-    tl.store(out + K * K * wide(C), tl.sum(bias_sum, axis=0), mask=c < C)
+        tl.store(taps_out + ((row_offset(stream, C) + c) * (K * K) + t), tl.sum(dtaps[t], axis=0), mask=c < C)
+    tl.store(bias_out + row_offset(stream, C) + c, tl.sum(bias_sum, axis=0), mask=c < C)
 
 
 @triton.jit
 def _depthwise_bwd_weight_kernel(
-    dz, x, part,
+    dz, x, taps_out, bias_out,
     C, H, W, row_blocks, col_blocks, channel_blocks,
     K: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -221,10 +220,9 @@ def _depthwise_bwd_weight_kernel(
         for j in tl.static_range(1, K):
             kept = kept + (ds[j],)
         ds = kept
-    out = part + row_offset(stream, (K * K + 1)) * C + c
     for t in tl.static_range(K * K):
-        tl.store(out + t * wide(C), tl.sum(dtaps[t], axis=0), mask=c < C)
-    tl.store(out + K * K * wide(C), tl.sum(bias_sum, axis=0), mask=c < C)
+        tl.store(taps_out + ((row_offset(stream, C) + c) * (K * K) + t), tl.sum(dtaps[t], axis=0), mask=c < C)
+    tl.store(bias_out + row_offset(stream, C) + c, tl.sum(bias_sum, axis=0), mask=c < C)
 
 
 def _grid(x: Tensor, tile: DepthwiseTile) -> tuple[int, int, int]:
@@ -259,7 +257,7 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Ten
 def depthwise_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx like x; dweight (C, 1, k, k) and dbias (C,) in the accumulation type, dbias with or without a bias.
+    """dx like x; dweight (1, parts, C * k * k) and dbias (1, parts, C), accumulation type, with or without a bias.
 
     With GELU a first pass recomputes z and stores dz = dy * GELU'(z) in x's type: dx and dweight need dz at every
     pixel's neighbours too, and recomputing z there again would cost more than this one write and read.
@@ -270,19 +268,18 @@ def depthwise_backward(
     tile = depthwise_backward_tile(c, w, k, x.dtype)
     blocks = _grid(x, tile)
     streams = n * blocks[0] * blocks[1]
-    part = empty_acc(streams, k * k + 1, c, like=x)
+    parts = empty_acc(1, streams, c * k * k, like=x), empty_acc(1, streams, c, like=x)
     shape = {"K": k, "HEIGHT": tile.height, "WIDTH": tile.width, "CHANNELS": tile.channels, "ACC": acc_triton(x.dtype)}
     if k <= _FUSED_K:
         dx = empty_image(n, c, h, w, like=x)
         launch(
             _depthwise_bwd_kernel, streams * blocks[2],
-            dz, x, weight, dx, part, c, h, w, *blocks, **shape, num_warps=tile.warps,
+            dz, x, weight, dx, *parts, c, h, w, *blocks, **shape, num_warps=tile.warps,
         )  # fmt: skip
     else:
         dx = _forward(dz, weight, None, None, "none", flip=True)
         launch(
             _depthwise_bwd_weight_kernel, streams * blocks[2],
-            dz, x, part, c, h, w, *blocks, **shape, num_warps=tile.warps, maxnreg=tile.maxnreg,
+            dz, x, *parts, c, h, w, *blocks, **shape, num_warps=tile.warps, maxnreg=tile.maxnreg,
         )  # fmt: skip
-    sums = part.sum(0)
-    return dx, sums[: k * k].t().reshape(c, 1, k, k).contiguous(), sums[k * k].clone()
+    return dx, *parts

@@ -450,7 +450,7 @@ def pointwise(
     sums = None
     if channel_parts is not None:
         sums = channel_parts[: max(hw // tile.m, 1) * b] if b > 1 else channel_parts
-        sums = sums.reshape(b, -1, n).sum(1)
+        sums = sums.reshape(b, -1, n)
     elif channel != "none":
         sums = channel_sums(y) if channel == "sums" else channel_dots(y, y)
     return Product(

@@ -172,7 +172,7 @@ def pixel_shuffle_skip(up: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | 
 def pixel_shuffle_skip_backward(
     dy: Tensor, up: Tensor, skip: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dup like up, dskip like skip; dweight (K, C + S, 1, 1) and dbias (K,) in the accumulation type."""
+    """dup like up, dskip like skip; dweight (1, parts, K * (C + S)) and dbias (N, parts, K), accumulation type."""
     n, c4, h, w = up.shape
     c, s, k = c4 // 4, skip.shape[1], weight.shape[0]
     precision, acc = matmul_precision(up.dtype), acc_triton(up.dtype)
@@ -204,4 +204,4 @@ def pixel_shuffle_skip_backward(
         PRECISION=precision, CHUNK=chunk, BM=tile.m, BN=tile.n, BK=tile.k, ACC=acc,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return dup, dskip, part.sum(0).reshape(k, c + s, 1, 1), channel_sums(dy).sum(0)
+    return dup, dskip, part.reshape(1, chunks, k * (c + s)), channel_sums(dy)

@@ -1,6 +1,7 @@
 """1x1 convolutions with what surrounds them, and GELU by itself, with the sums that GRN and a bias want of it.
 
-Images (N, C, H, W) with channels_last memory. Sums in two stages without atomics: fixed bands of rows, then the bands.
+Images (N, C, H, W) with channels_last memory. Sums as in channel.py: (N, parts, C) in the accumulation
+type.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def _gelu_bwd_kernel(
 
 
 def gelu(x: Tensor, squares: bool) -> tuple[Tensor, Tensor | None]:
-    """GELU in its exact form; with squares also the sums over pixels of its square, (N, C), accumulation type."""
+    """GELU in its exact form; with squares also the sums over pixels of its square: (N, parts, C)."""
     n, c, h, w = x.shape
     tile = band_tile(c, h * w)
     row_blocks, col_blocks = cdiv(h * w, tile.span), cdiv(c, tile.cols)
@@ -102,15 +103,15 @@ def gelu(x: Tensor, squares: bool) -> tuple[Tensor, Tensor | None]:
         x, y, part, c, h * w, row_blocks, col_blocks,
         SQUARES=squares, ROWS=tile.rows, COLS=tile.cols, SPAN=tile.span, ACC=acc_triton(x.dtype), num_warps=tile.warps,
     )  # fmt: skip
-    return y, None if part is None else part.sum(1)
+    return y, part
 
 
 def gelu_backward(
     dy: Tensor, x: Tensor, s: Tensor | None = None, r: Tensor | None = None, keep: bool = False, overwrite: bool = False
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(dx, gelu(x) if keep, dx's sums over pixels); with s and r, (N, C), of s * dy + r * gelu(x) instead of dy.
+    """(dx, gelu(x) if keep, dx's sums over pixels, (N, parts, C)).
 
-    With overwrite dx may take dy's memory.
+    With s and r, (N, C), of s * dy + r * gelu(x) instead of dy. With overwrite dx may take dy's memory.
     """
     n, c, h, w = x.shape
     tile = band_tile(c, h * w)
@@ -124,7 +125,7 @@ def gelu_backward(
         AFFINE=s is not None, KEEP=keep,
         ROWS=tile.rows, COLS=tile.cols, SPAN=tile.span, ACC=acc_triton(x.dtype), num_warps=tile.warps,
     )  # fmt: skip
-    return dx, y, part.sum(1)
+    return dx, y, part
 
 
 def pointwise(

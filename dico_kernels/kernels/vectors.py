@@ -20,12 +20,14 @@ from dico_kernels.kernels.common import (
     cdiv,
     dot,
     element_triton,
+    empty_acc,
     launch,
     load,
     load_operand,
     matmul_precision,
     row_offset,
     store,
+    summed_parts,
     wide,
 )
 from dico_kernels.kernels.tiles import vector_tile
@@ -113,6 +115,47 @@ def channel_attention(sums: Tensor, pixels: int, weight: Tensor, bias: Tensor | 
     mean, attention = torch.empty_like(sums), torch.empty_like(sums)
     _launch(attention, sums, weight, bias, mean, 1, weight.dtype, pixels=pixels)
     return mean, attention
+
+
+# The number of parts follows the image's size: a kernel for each divisor of it would be one for many sizes.
+@triton.jit(do_not_specialize=["parts"])
+def _attention_bwd_kernel(
+    dattention, attention, pooled, dlogits, low, low_share, low_pooled,
+    C, pixels, parts, blocks,
+    PARTS: tl.constexpr, COLS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    n = pid // blocks
+    c = (pid % blocks) * COLS + tl.arange(0, COLS)
+    mask = c < C
+    d = summed_parts(dattention, n, parts, C, c, PARTS, ACC)
+    at = row_offset(n, C) + c
+    a = load(attention + at, mask, ACC)
+    d *= a * (1.0 - a)
+    store(dlogits + at, d, mask)
+    store(low + at, d, mask)
+    store(low_share + at, d / pixels, mask)
+    store(low_pooled + at, load(pooled + at, mask, ACC), mask)
+
+
+def channel_attention_backward(
+    dattention: Tensor, attention: Tensor, pooled: Tensor, pixels: int, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of channel_attention by sums (N, C), weight (C, C) and, a sample each, bias (N, C).
+
+    The first two are of weight's type, the last of the accumulation's; dattention is (N, parts, C).
+    """
+    (n, c), cols = attention.shape, 128
+    low, low_share, low_pooled = (torch.empty((n, c), dtype=weight.dtype, device=weight.device) for _ in range(3))
+    dlogits = empty_acc(n, c, like=attention)
+    blocks = cdiv(c, cols)
+    launch(
+        _attention_bwd_kernel, n * blocks,
+        dattention, attention, pooled, dlogits, low, low_share, low_pooled,
+        c, pixels, dattention.shape[1], blocks,
+        PARTS=16, COLS=cols, ACC=acc_triton(attention.dtype), num_warps=4,
+    )  # fmt: skip
+    return low_share @ weight, low.t() @ low_pooled, dlogits
 
 
 # Addresses of a level's weights and of its biases on their device, by the first weight: a recorded graph reads them at

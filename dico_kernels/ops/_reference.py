@@ -72,9 +72,10 @@ def gated_residual(x: Tensor, branch: Tensor, gate: Tensor, overwrite: bool = Fa
     return _out(R.gated_residual(x, branch, gate), x)
 
 
-def gate_gradient(dy: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(gate * dy, dy, both of gate's dtype, and the sums of dy)."""
-    return _out(_acc(dy) * R.per_channel(_acc(gate)), gate), _out(dy, gate), _acc(dy).sum((2, 3))
+def gate_gradient(dy: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(gate * dy, dy, both of gate's dtype, and the sums of dy and of gate * dy)."""
+    sums = _acc(dy).sum((2, 3))
+    return _out(_acc(dy) * R.per_channel(_acc(gate)), gate), _out(dy, gate), sums, sums * _acc(gate)
 
 
 def gated_residual_backward(dy: Tensor, branch: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:

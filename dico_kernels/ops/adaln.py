@@ -10,6 +10,7 @@ from dico_kernels.dtypes import accumulation_dtype
 from dico_kernels.ops import _checks as check
 from dico_kernels.ops._backends import select
 from dico_kernels.ops._library import only_needed, reduce_to, register
+from dico_kernels.ops._sums import gradients
 
 
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -22,6 +23,11 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 def _per_sample(x: Tensor, count: int) -> list[Tensor]:
     """Zeros, (N, C) each, in the accumulation dtype: also the right gradients of an empty batch."""
     return [x.new_zeros(tuple(x.shape[:2]), dtype=accumulation_dtype(x.dtype)) for _ in range(count)]
+
+
+def _of_samples(x: Tensor, *sums: Tensor) -> list[Tensor]:
+    """Sums over pixels, finished, (N, C) each."""
+    return gradients(accumulation_dtype(x.dtype), *((s, x.shape[:2]) for s in sums))
 
 
 # ---- adaln_modulate ----
@@ -52,10 +58,10 @@ def _adaln_fake(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Te
 def _adaln_backward(dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if x.shape[0] == 0:
         return _adaln_backward_fake(dy, x, scale, mean, rstd)
-    result: tuple[Tensor, Tensor, Tensor] = select("adaln_modulate_backward", x)(
+    dx, *sums = select("adaln_modulate_backward", x)(
         check.channels_last(dy), check.channels_last(x), check.dense_rows(scale), mean, rstd
     )
-    return result
+    return dx, *_of_samples(x, *sums)
 
 
 def _adaln_backward_fake(
@@ -139,10 +145,10 @@ def _gated_fake(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
 def _gated_backward(dy: Tensor, branch: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     if dy.shape[0] == 0:
         return _gated_backward_fake(dy, branch, gate)
-    result: tuple[Tensor, Tensor] = select("gated_residual_backward", dy)(
+    dbranch, dgate = select("gated_residual_backward", dy)(
         check.channels_last(dy), check.channels_last(branch), check.dense_rows(gate)
     )
-    return result
+    return dbranch, *_of_samples(dy, dgate)
 
 
 def _gated_backward_fake(dy: Tensor, branch: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
@@ -235,10 +241,10 @@ def _seam_backward(
     if y.shape[0] == 0:
         return _seam_backward_fake(dy, dh, y, branch, gate, scale, mean, rstd)
     images = [check.channels_last(v) for v in (dy, dh, y, branch)]
-    result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = select("gated_residual_adaln_backward", y)(
+    dx, dbranch, *sums = select("gated_residual_adaln_backward", y)(
         *images, check.dense_rows(gate), check.dense_rows(scale), mean, rstd
     )
-    return result
+    return dx, dbranch, *_of_samples(y, *sums)
 
 
 def _seam_backward_fake(

@@ -18,8 +18,9 @@ from torch import Tensor
 from dico_kernels.dtypes import accumulation_dtype
 from dico_kernels.ops import _checks as check
 from dico_kernels.ops import pointwise as pw
-from dico_kernels.ops._backends import fused_products, optional, select
-from dico_kernels.ops._library import only_needed, reduce_to, register
+from dico_kernels.ops._backends import fused_products, note_optional, optional, select
+from dico_kernels.ops._library import only_needed, register
+from dico_kernels.ops._sums import gradients
 from dico_kernels.ops._tuning import tunable
 from dico_kernels.ops.cca import attention_gradients, attention_of
 
@@ -121,6 +122,7 @@ def _conv(
     del first
     both = optional("depthwise_sums", x)
     if both is not None:
+        note_optional("depthwise_sums", x, both)
         y2, sums = both(y1, dw.contiguous(), check.dense(db), True)
     else:
         y2 = select("depthwise", x)(y1, dw.contiguous(), check.dense(db), True)
@@ -152,19 +154,19 @@ def _conv_backward(
     attention: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     if x.shape[0] == 0:
-        return zeroed(_conv_gradients(x, w1, dw, wa, w2))
+        return zeroed(_conv_gradients(x, shift, scale, gate, w1, dw, wa, w2))
     x, dw, m1, m2 = check.channels_last(x), dw.contiguous(), check.matrix(w1), check.matrix(w2)
     gate = gate.contiguous()
-    dbranch, dy_narrow, sums = select("gate_gradient", x)(check.channels_last(dy), gate)
+    dbranch, dy_narrow, sums, db2 = select("gate_gradient", x)(check.channels_last(dy), gate)
     y2 = select("depthwise", x)(y1, dw, check.dense(db), True)
     dinner = pw.from_rows(pw.input_gradient(pw.rows(dbranch), m2), x)
-    dw2, db2, dgate, dattention = pw.gated_gradients(
-        dy_narrow, dbranch, dinner, sums, y2, attention, None, gate, m2, b2
+    dw2, dgate, dattention = pw.gated_gradients(
+        dy_narrow, dbranch, dinner, sums, db2, y2, attention, None, gate, m2, b2
     )  # fmt: skip
     assert dattention is not None
     del y2, dy_narrow, dbranch
-    dpooled, dwa, dba = attention_gradients(dattention, attention, pooled, wa)
-    dy2 = select("channel_affine", x)(dinner, attention, shift=dpooled / (x.shape[2] * x.shape[3]), overwrite=True)
+    dsums, dwa, dba = attention_gradients(dattention, attention, pooled, x.shape[2] * x.shape[3], wa)
+    dy2 = select("channel_affine", x)(dinner, attention, shift=dsums, overwrite=True)
     dy1, ddw, ddb = select("depthwise_backward", x)(dy2, y1, dw, check.dense(db), True)
     del dy2
     da = pw.from_rows(pw.input_gradient(pw.rows(dy1), m1), x)
@@ -172,22 +174,31 @@ def _conv_backward(
         da, check.channels_last(dy), x, check.dense_rows(shift), check.dense_rows(scale), mean, rstd
     )
     dw1 = pw.rows(dy1).t() @ pw.rows(a)
-    db1 = select("channel_sums", x)(dy1).sum(0)
-    weights = (dw1.reshape(w1.shape), db1, ddw, ddb, dwa, dba, dw2.reshape(w2.shape), db2)
-    return dx, dshift, dscale, dgate, *(w.to(w1.dtype) for w in weights)
+    db1 = select("channel_sums", x)(dy1)
+    c, inner = x.shape[1:2], w1.shape[:1]
+    dshift, dscale, dgate, db1, ddw, ddb, dba, db2 = gradients(
+        w1.dtype, (dshift, shift.shape), (dscale, scale.shape), (dgate, gate.shape), (db1, inner), (ddw, dw.shape),
+        (ddb, inner), (dba, inner), (db2, c),
+    )  # fmt: skip
+    weights = (w.to(w1.dtype) for w in (dw1.reshape(w1.shape), dwa, dw2.reshape(w2.shape)))
+    dw1, dwa, dw2 = weights
+    return dx, dshift, dscale, dgate, dw1, db1, ddw, ddb, dwa, dba, dw2, db2
 
 
-def _conv_gradients(x: Tensor, w1: Tensor, dw: Tensor, wa: Tensor, w2: Tensor) -> tuple[Tensor, ...]:
-    c, inner = x.shape[1], w1.shape[0]
-    shapes = (w1.shape, (inner,), dw.shape, (inner,), wa.shape, (inner,), w2.shape, (c,))
-    return check.empty_image(x), *per_sample(x, c, c, c), *(w1.new_empty(tuple(s)) for s in shapes)
+def _conv_gradients(
+    x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, w1: Tensor, dw: Tensor, wa: Tensor, w2: Tensor
+) -> tuple[Tensor, ...]:
+    c, inner = x.shape[1:2], w1.shape[:1]
+    vectors = (shift.shape, scale.shape, gate.shape)
+    shapes = (*vectors, w1.shape, inner, dw.shape, inner, wa.shape, inner, w2.shape, c)
+    return check.empty_image(x), *(w1.new_empty(tuple(s)) for s in shapes)
 
 
 def _conv_backward_fake(
     dy: Tensor, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, w1: Tensor, dw: Tensor, db: Tensor | None,
     wa: Tensor, w2: Tensor, *_: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    return _conv_gradients(x, w1, dw, wa, w2)
+    return _conv_gradients(x, shift, scale, gate, w1, dw, wa, w2)
 
 
 _CONV_BACKWARD = register(
@@ -209,9 +220,7 @@ def _conv_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 def _conv_gradient(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     inputs = ctx.saved_tensors
     refuse_unsaved(inputs[10], "conv_half")
-    dx, dshift, dscale, dgate, *rest = _CONV_BACKWARD(dy, *inputs)
-    vectors = (reduce_to(g, v) for g, v in zip((dshift, dscale, dgate), inputs[1:4], strict=True))
-    return only_needed(ctx, (dx, *vectors, *rest, None, None))
+    return only_needed(ctx, (*_CONV_BACKWARD(dy, *inputs), None, None))
 
 
 _CONV_HALF = register(
@@ -334,35 +343,38 @@ def _ffn_backward(
     b2: Tensor | None, mean: Tensor, rstd: Tensor, h: Tensor, eps: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     if x.shape[0] == 0:
-        return zeroed(_ffn_gradients(x, w1, w2))
+        return zeroed(_ffn_gradients(x, shift, scale, gate, w1, w2))
     x, dy, m1, m2 = check.channels_last(x), check.channels_last(dy), check.matrix(w1), check.matrix(w2)
     shift, scale = check.dense_rows(shift), check.dense_rows(scale)
     if h.ndim == 1:
         h = pw.product(x, w1, b1, frozen=False, shift=shift, scale=scale, eps=eps).y
     gate = gate.contiguous()
-    dbranch, dy_narrow, sums = select("gate_gradient", x)(dy, gate)
+    dbranch, dy_narrow, sums, db2 = select("gate_gradient", x)(dy, gate)
     dhidden = pw.from_rows(pw.input_gradient(pw.rows(dbranch), m2), x)
-    dh, hidden, dh_sums = select("gelu_backward", x)(dhidden, h, keep=True, overwrite=True)
-    dw2, db2, dgate, _ = pw.gated_gradients(dy_narrow, dbranch, None, sums, hidden, None, None, gate, m2, b2)
+    dh, hidden, db1 = select("gelu_backward", x)(dhidden, h, keep=True, overwrite=True)
+    dw2, dgate, _ = pw.gated_gradients(dy_narrow, dbranch, None, sums, db2, hidden, None, None, gate, m2, b2)
     del hidden, dhidden, dy_narrow, dbranch
     da = pw.from_rows(pw.input_gradient(pw.rows(dh), m1), x)
     dx, a, dshift, dscale = select("adaln_modulate_backward_residual", x)(da, dy, x, shift, scale, mean, rstd)
     dw1 = pw.rows(dh).t() @ pw.rows(a)
-    weights = (dw1.reshape(w1.shape), dh_sums.sum(0), dw2.reshape(w2.shape), db2)
-    return dx, dshift, dscale, dgate, *(w.to(w1.dtype) for w in weights)
+    dshift, dscale, dgate, db1, db2 = gradients(
+        w1.dtype, (dshift, shift.shape), (dscale, scale.shape), (dgate, gate.shape), (db1, w1.shape[:1]),
+        (db2, x.shape[1:2]),
+    )  # fmt: skip
+    dw1, dw2 = (w.to(w1.dtype) for w in (dw1.reshape(w1.shape), dw2.reshape(w2.shape)))
+    return dx, dshift, dscale, dgate, dw1, db1, dw2, db2
 
 
-def _ffn_gradients(x: Tensor, w1: Tensor, w2: Tensor) -> tuple[Tensor, ...]:
-    c, inner = x.shape[1], w1.shape[0]
-    shapes = (w1.shape, (inner,), w2.shape, (c,))
-    return check.empty_image(x), *per_sample(x, c, c, c), *(w1.new_empty(tuple(s)) for s in shapes)
+def _ffn_gradients(x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, w1: Tensor, w2: Tensor) -> tuple[Tensor, ...]:
+    shapes = (shift.shape, scale.shape, gate.shape, w1.shape, w1.shape[:1], w2.shape, x.shape[1:2])
+    return check.empty_image(x), *(w1.new_empty(tuple(s)) for s in shapes)
 
 
 def _ffn_backward_fake(
     dy: Tensor, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor,
     *_: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    return _ffn_gradients(x, w1, w2)
+    return _ffn_gradients(x, shift, scale, gate, w1, w2)
 
 
 _FFN_BACKWARD = register(
@@ -384,9 +396,7 @@ def _ffn_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
 def _ffn_gradient(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     inputs = ctx.saved_tensors
     refuse_unsaved(inputs[8], "ffn_half")
-    dx, dshift, dscale, dgate, *rest = _FFN_BACKWARD(dy, *inputs, ctx.eps)
-    vectors = (reduce_to(g, v) for g, v in zip((dshift, dscale, dgate), inputs[1:4], strict=True))
-    return only_needed(ctx, (dx, *vectors, *rest, None, None, None))
+    return only_needed(ctx, (*_FFN_BACKWARD(dy, *inputs, ctx.eps), None, None, None))
 
 
 _FFN_HALF = register(

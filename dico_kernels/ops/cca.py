@@ -13,6 +13,7 @@ from dico_kernels.dtypes import accumulation_dtype
 from dico_kernels.ops import _checks as check
 from dico_kernels.ops._backends import note_optional, optional, select
 from dico_kernels.ops._library import only_needed, register
+from dico_kernels.ops._sums import gradients, total
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -29,9 +30,12 @@ _FEW_IMAGES = {"cpu": FEW, "cuda": 64}
 
 
 def attention_of(sums: Tensor, pixels: int, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(pooled, sigmoid(W pooled + b)) of pooled = sums / pixels; (N, C) in sums' dtype, the accumulation's."""
+    """(pooled, sigmoid(W pooled + b)) of pooled = sums / pixels; (N, C) in sums' dtype, the accumulation's.
+
+    sums may be in parts, see _sums.
+    """
     few = sums.shape[0] <= _FEW_IMAGES[sums.device.type]
-    kernel = optional("channel_attention", sums) if few else None
+    kernel, sums = optional("channel_attention", sums) if few else None, total(sums)
     if kernel is not None:
         note_optional("channel_attention", sums, kernel, weight.dtype)
         result: tuple[Tensor, Tensor] = kernel(sums, pixels, check.matrix(weight), check.dense(bias))
@@ -43,13 +47,21 @@ def attention_of(sums: Tensor, pixels: int, weight: Tensor, bias: Tensor | None)
 
 
 def attention_gradients(
-    dattention: Tensor, attention: Tensor, pooled: Tensor, weight: Tensor
+    dattention: Tensor, attention: Tensor, pooled: Tensor, pixels: int, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of attention_of: (dpooled (N, C), dweight as weight, dbias (C,)); dpooled and dbias accumulation dtype."""
-    dlogits = dattention * attention * (1 - attention)
+    """Of attention_of by sums, weight and bias: (dsums (N, C), dweight as weight, and dbias a sample, (N, C)).
+
+    dattention may be in parts. dsums and dbias are in the accumulation dtype, or dsums in one that the backend's
+    channel_affine takes for it.
+    """
+    matrix, kernel = check.matrix(weight), optional("channel_attention_backward", attention)
+    if kernel is not None:
+        dsums, dweight, dbias = kernel(dattention, attention, pooled, pixels, matrix)
+        return dsums, dweight.reshape(weight.shape), dbias
+    dlogits = total(dattention) * attention * (1 - attention)
     narrow = dlogits.to(weight.dtype)
     dweight = (narrow.t() @ pooled.to(weight.dtype)).reshape(weight.shape)
-    return (narrow @ check.matrix(weight)).to(pooled.dtype), dweight, dlogits.sum(0)
+    return (narrow @ matrix).to(pooled.dtype) / pixels, dweight, dlogits
 
 
 def _cca(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,9 +87,10 @@ def _backward(
         return empty, zeros[0].zero_(), zeros[1].zero_()
     dy, x = check.channels_last(dy), check.channels_last(x)
     dots = select("channel_dots", x)(dy, x)
-    dpooled, dweight, dbias = attention_gradients(dots, attention, pooled, weight)
-    dx: Tensor = select("channel_affine", x)(dy, attention, shift=dpooled / (x.shape[2] * x.shape[3]))
-    return dx, dweight, dbias.to(x.dtype)
+    dsums, dweight, dbias = attention_gradients(dots, attention, pooled, x.shape[2] * x.shape[3], weight)
+    dx: Tensor = select("channel_affine", x)(dy, attention, shift=dsums)
+    (dbias,) = gradients(x.dtype, (dbias, x.shape[1:2]))
+    return dx, dweight, dbias
 
 
 def _backward_fake(

@@ -10,6 +10,7 @@ from dico_kernels.dtypes import accumulation_dtype
 from dico_kernels.ops import _checks as check
 from dico_kernels.ops._backends import select
 from dico_kernels.ops._library import only_needed, reduce_to, register
+from dico_kernels.ops._sums import gradients
 from dico_kernels.ops.pointwise import from_rows, input_gradient, linear, rows
 
 # ---- pointwise_depthwise_gelu ----
@@ -54,8 +55,9 @@ def _pdg_backward(
     d, matrix = rows(dhidden), rows(check.channels_last(x))
     dx = from_rows(input_gradient(d, check.matrix(pw_weight)), x)
     dpw = (d.t() @ matrix).reshape(pw_weight.shape)
-    dpb = select("channel_sums", x)(dhidden).sum(0).to(d.dtype)
-    return dx, dpw, dpb, ddw.to(x.dtype), ddb.to(x.dtype)
+    sums = select("channel_sums", x)(dhidden)
+    k = pw_weight.shape[:1]
+    return dx, dpw, *gradients(x.dtype, (sums, k), (ddw, dw_weight.shape), (ddb, k))  # type: ignore[return-value]
 
 
 def _pdg_backward_fake(
@@ -166,7 +168,9 @@ def _da_backward(
         check.channels_last(dy), z, check.dense_rows(scale), mean, rstd
     )
     dx, dweight, dbias = select("depthwise_backward", x)(dz, x, weight, None, False)
-    return dx, dweight.to(x.dtype), dbias.to(x.dtype), dshift, dscale
+    (n, c), acc = x.shape[:2], accumulation_dtype(x.dtype)
+    vectors = gradients(acc, (dshift, (n, c)), (dscale, (n, c)))
+    return dx, *gradients(x.dtype, (dweight, weight.shape), (dbias, (c,))), *vectors
 
 
 def _da_backward_fake(

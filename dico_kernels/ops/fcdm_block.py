@@ -9,10 +9,11 @@ from torch import Tensor
 from dico_kernels.ops import _checks as check
 from dico_kernels.ops import pointwise as pw
 from dico_kernels.ops._backends import fused_products, select
-from dico_kernels.ops._library import only_needed, reduce_to, register
+from dico_kernels.ops._library import only_needed, register
+from dico_kernels.ops._sums import gradients
 from dico_kernels.ops._tuning import tunable
 from dico_kernels.ops.block import check_stream, nothing, per_sample, refuse_unsaved, statistics, to_save, zeroed
-from dico_kernels.ops.grn import check_parameter, norm_and_scale, row, scale_gradients, scale_of
+from dico_kernels.ops.grn import check_parameter, norm_and_scale, scale_gradients, scale_of
 
 _ARGUMENTS = (
     "Tensor x, Tensor shift, Tensor scale, Tensor gate, Tensor dw_weight, Tensor? dw_bias, Tensor pw1_weight, "
@@ -104,24 +105,23 @@ def _backward(
     norm: Tensor, h: Tensor, ln_eps: float, grn_eps: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     if x.shape[0] == 0:
-        return zeroed(_gradients(x, dw, w1, gamma, beta, w2))
+        return zeroed(_gradients(x, shift, scale, gate, dw, w1, gamma, beta, w2))
     x, dy, dw = check.channels_last(x), check.channels_last(dy), dw.contiguous()
-    m1, m2, wide_gamma = check.matrix(w1), check.matrix(w2), row(gamma, x)
+    m1, m2 = check.matrix(w1), check.matrix(w2)
     if h.ndim == 1:
         h = _hidden(x, shift, scale, dw, db, w1, b1, ln_eps).y
     narrow_x = x.to(w1.dtype)
-    s = scale_of(norm, wide_gamma, grn_eps)
+    s = scale_of(norm, gamma, grn_eps)
     gate = gate.contiguous()
-    dbranch, dy_narrow, sums = select("gate_gradient", x)(dy, gate)
+    dbranch, dy_narrow, sums, gated = select("gate_gradient", x)(dy, gate)
     g, _ = select("gelu", x)(h, False)
     dg = pw.from_rows(pw.input_gradient(pw.rows(dbranch), m2), x)
     flat = beta.contiguous().reshape(-1)
-    dw2, db2, dgate, ds = pw.gated_gradients(dy_narrow, dbranch, dg, sums, g, s, flat, gate, m2, b2)
+    dw2, dgate, ds = pw.gated_gradients(dy_narrow, dbranch, dg, sums, gated, g, s, flat, gate, m2, b2)
     assert ds is not None
     del g, dy_narrow, dbranch
-    dbeta = db2 @ m2.to(db2.dtype)
-    dgamma, through = scale_gradients(ds, norm, wide_gamma, grn_eps)
-    dh, _, dh_sums = select("gelu_backward", x)(dg, h, s, through, overwrite=True)
+    dgamma, through = scale_gradients(ds, norm, gamma, grn_eps)
+    dh, _, db1 = select("gelu_backward", x)(dg, h, s, through, overwrite=True)
     del dg
     da = pw.from_rows(pw.input_gradient(pw.rows(dh), m1), x)
     z = select("depthwise", x)(narrow_x, dw, check.dense(db), False)
@@ -130,24 +130,32 @@ def _backward(
     )
     dw1 = pw.rows(dh).t() @ pw.rows(a)
     dx, ddw, ddb = select("depthwise_backward", x)(dz, narrow_x, dw, None, False)
-    weights = (
-        ddw, ddb, dw1.reshape(w1.shape), dh_sums.sum(0), dgamma.reshape(gamma.shape), dbeta.reshape(beta.shape),
-        dw2.reshape(w2.shape), db2,
+    c, inner = x.shape[1:2], w1.shape[:1]
+    (db2,) = gradients(norm.dtype, (gated, c))
+    dbeta = db2 @ m2.to(db2.dtype)
+    dshift, dscale, dgate, ddw, ddb, db1, dgamma, dbeta, db2 = gradients(
+        w1.dtype, (dshift, shift.shape), (dscale, scale.shape), (dgate, gate.shape), (ddw, dw.shape), (ddb, c),
+        (db1, inner), (dgamma, gamma.shape), (dbeta, beta.shape), (db2, c),
     )  # fmt: skip
-    return dx + dy, dshift, dscale, dgate, *(w.to(w1.dtype) for w in weights)
+    dw1, dw2 = (w.to(w1.dtype) for w in (dw1.reshape(w1.shape), dw2.reshape(w2.shape)))
+    return dx + dy, dshift, dscale, dgate, ddw, ddb, dw1, db1, dgamma, dbeta, dw2, db2
 
 
-def _gradients(x: Tensor, dw: Tensor, w1: Tensor, gamma: Tensor, beta: Tensor, w2: Tensor) -> tuple[Tensor, ...]:
-    c, inner = x.shape[1], w1.shape[0]
-    shapes = (dw.shape, (c,), w1.shape, (inner,), gamma.shape, beta.shape, w2.shape, (c,))
-    return check.empty_image(x), *per_sample(x, c, c, c), *(w1.new_empty(tuple(s)) for s in shapes)
+def _gradients(
+    x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, dw: Tensor, w1: Tensor, gamma: Tensor, beta: Tensor,
+    w2: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    c, inner = x.shape[1:2], w1.shape[:1]
+    vectors = (shift.shape, scale.shape, gate.shape)
+    shapes = (*vectors, dw.shape, c, w1.shape, inner, gamma.shape, beta.shape, w2.shape, c)
+    return check.empty_image(x), *(w1.new_empty(tuple(s)) for s in shapes)
 
 
 def _backward_fake(
     dy: Tensor, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, dw: Tensor, db: Tensor | None, w1: Tensor,
     b1: Tensor | None, gamma: Tensor, beta: Tensor, w2: Tensor, *_: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    return _gradients(x, dw, w1, gamma, beta, w2)
+    return _gradients(x, shift, scale, gate, dw, w1, gamma, beta, w2)
 
 
 _BACKWARD = register(
@@ -169,9 +177,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 def _gradient(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     inputs = ctx.saved_tensors
     refuse_unsaved(inputs[12], "fcdm_block")
-    dx, dshift, dscale, dgate, *rest = _BACKWARD(dy, *inputs, *ctx.eps)
-    vectors = (reduce_to(g, v) for g, v in zip((dshift, dscale, dgate), inputs[1:4], strict=True))
-    return only_needed(ctx, (dx, *vectors, *rest, None, None, None, None))
+    return only_needed(ctx, (*_BACKWARD(dy, *inputs, *ctx.eps), None, None, None, None))
 
 
 _FCDM_BLOCK = register(

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from dico_kernels.dtypes import accumulation_dtype
 from dico_kernels.ops import _checks as check
-from dico_kernels.ops._backends import optional, select
+from dico_kernels.ops._backends import note_optional, optional, select
 from dico_kernels.ops._library import only_needed, register
+from dico_kernels.ops._sums import gradients, total
 
 
 def check_parameter(name: str, p: Tensor, c: int, x: Tensor) -> None:
@@ -27,34 +28,46 @@ def _check(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> None:
     check.positive("eps", eps)
 
 
-def row(p: Tensor, like: Tensor) -> Tensor:
+def _row(p: Tensor, like: Tensor) -> Tensor:
     """A parameter as (1, C) in the accumulation dtype."""
     return p.reshape(1, -1).to(accumulation_dtype(like.dtype)).contiguous()
 
 
 def scale_of(norm: Tensor, gamma: Tensor, eps: float) -> Tensor:
-    """1 + gamma * Nx: what GRN multiplies x by, (N, C), given the norms over pixels, (N, C), and gamma, (1, C)."""
-    return 1 + gamma * (norm / (norm.mean(1, keepdim=True) + eps))
+    """1 + gamma * Nx: what GRN multiplies x by, (N, C), given the norms over pixels; gamma as modules have it."""
+    kernel = optional("grn_rescale", norm)
+    if kernel is not None:
+        found: Tensor = kernel(norm, gamma.contiguous().reshape(-1), eps)
+        return found
+    return 1 + _row(gamma, norm) * (norm / (norm.mean(1, keepdim=True) + eps))
 
 
 def norm_and_scale(squares: Tensor, gamma: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(norm, scale_of(norm, ...)) of the sums of squares over pixels, (N, C); gamma as the module has it."""
+    """(norm, scale_of(norm, ...)) of the sums of squares over pixels, finished or in parts."""
     kernel = optional("grn_scale", squares)
     if kernel is not None:
+        note_optional("grn_scale", squares, kernel, gamma.dtype)
         found: tuple[Tensor, Tensor] = kernel(squares, gamma.contiguous().reshape(-1), eps)
         return found
-    norm = squares.sqrt()
-    return norm, scale_of(norm, gamma.reshape(1, -1).to(squares.dtype), eps)
+    norm = total(squares).sqrt()
+    return norm, scale_of(norm, gamma, eps)
 
 
 def scale_gradients(dscale: Tensor, norm: Tensor, gamma: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Of scale_of: (dgamma (C,), what multiplies x in its gradient through the norms (N, C))."""
-    mean = norm.mean(1, keepdim=True) + eps
-    dresponse = gamma * dscale
+    """Of scale_of: dgamma a sample, and what multiplies x in its gradient through the norms, (N, C) each.
+
+    dscale may be in parts.
+    """
+    kernel = optional("grn_scale_backward", norm)
+    if kernel is not None:
+        found: tuple[Tensor, Tensor] = kernel(dscale, norm, gamma.contiguous().reshape(-1), eps)
+        return found
+    dscale, mean = total(dscale), norm.mean(1, keepdim=True) + eps
+    dresponse = _row(gamma, norm) * dscale
     dnorm = dresponse / mean - (dresponse * norm).mean(1, keepdim=True) / mean.square()
     # d|x| / dx = x / |x|; a channel that is zero everywhere gets zero, as torch's norm gives it.
     through = torch.where(norm > 0, dnorm / norm, torch.zeros_like(norm))
-    return (dscale * norm / mean).sum(0), through
+    return dscale * norm / mean, through
 
 
 def _grn(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -63,7 +76,7 @@ def _grn(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Te
         return _fake(x, gamma, beta, eps)
     x = check.channels_last(x)
     norm, s = norm_and_scale(select("channel_dots", x)(x, x), gamma, eps)
-    y: Tensor = select("channel_affine", x)(x, s, shift=row(beta, x))
+    y: Tensor = select("channel_affine", x)(x, s, shift=_row(beta, x))
     return y, norm
 
 
@@ -80,10 +93,10 @@ def _backward(
         return empty, zeros[0].zero_(), zeros[1].zero_()
     dy, x = check.channels_last(dy), check.channels_last(x)
     dots: Tensor = select("channel_dots", x)(dy, x)
-    dgamma, through = scale_gradients(dots, norm, row(gamma, x), eps)
-    dx: Tensor = select("channel_affine", x)(dy, scale_of(norm, row(gamma, x), eps), z=x, r=through)
-    dbeta = select("channel_sums", x)(dy).sum(0)
-    return dx, dgamma.to(x.dtype).reshape(gamma.shape), dbeta.to(x.dtype).reshape(beta.shape)
+    dgamma, through = scale_gradients(dots, norm, gamma, eps)
+    dx: Tensor = select("channel_affine", x)(dy, scale_of(norm, gamma, eps), z=x, r=through)
+    dbeta = select("channel_sums", x)(dy)
+    return dx, *gradients(x.dtype, (dgamma, gamma.shape), (dbeta, beta.shape))  # type: ignore[return-value]
 
 
 def _backward_fake(

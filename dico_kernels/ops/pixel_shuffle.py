@@ -9,6 +9,7 @@ from torch import Tensor
 from dico_kernels.ops import _checks as check
 from dico_kernels.ops._backends import select
 from dico_kernels.ops._library import only_needed, register
+from dico_kernels.ops._sums import gradients
 
 
 def _check(up: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -47,7 +48,8 @@ def _backward(dy: Tensor, up: Tensor, skip: Tensor, weight: Tensor) -> tuple[Ten
     images = [check.channels_last(v) for v in (dy, up, skip)]
     four = check.matrix(weight)[:, :, None, None]
     dup, dskip, dweight, dbias = select("pixel_shuffle_skip_backward", up)(*images, four)
-    return dup, dskip, dweight.to(up.dtype).reshape(weight.shape), dbias.to(up.dtype)
+    sums = gradients(up.dtype, (dweight, weight.shape), (dbias, weight.shape[:1]))
+    return dup, dskip, *sums
 
 
 def _backward_fake(dy: Tensor, up: Tensor, skip: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -16,6 +16,7 @@ from dico_kernels._linear import from_rows, linear, onednn_multiplies, rows
 from dico_kernels._packed import packed
 from dico_kernels.ops import _checks as check
 from dico_kernels.ops._backends import optional, own_product, select
+from dico_kernels.ops._sums import total
 
 
 def matrix(weight: Tensor, frozen: bool) -> Tensor:
@@ -126,48 +127,47 @@ _CHUNK_BYTES = 1 << 26
 
 
 def gated_gradients(
-    dy: Tensor, dbranch: Tensor, dinner: Tensor | None, sums: Tensor, x: Tensor, s: Tensor | None, shift: Tensor | None,
-    gate: Tensor, weight: Tensor, bias: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Gradients of gate * (W (s * x + shift) + b) by W, b, gate and s, where what is gated was not kept.
+    dy: Tensor, dbranch: Tensor, dinner: Tensor | None, sums: Tensor, gated: Tensor, x: Tensor, s: Tensor | None,
+    shift: Tensor | None, gate: Tensor, weight: Tensor, bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Gradients of gate * (W (s * x + shift) + b) by W, gate and s, where what is gated was not kept.
 
     Either of two ways. With G_n = dy_n^T x_n and t_n the sum of dy_n over pixels, dW = sum_n gate_n G_n s_n,
     dgate_n = rowsum(W * G_n s_n) + b t_n and ds_n = colsum(gate_n W * G_n): as many FLOPs as dW alone, and traffic of
-    G's size, (N, K, C). Or W x formed anew, one more product: what small images want, and backends without the kernel.
+    G's size, (N, K, C). Or what is gated formed anew, one more product: what small images want, and backends without
+    the kernel.
 
     Args:
         dy: (N, K, H, W), the gradient of the gated sum.
         dbranch: gate * dy.
         dinner: W^T dbranch, the gradient of s * x; wanted with s alone.
-        sums: t, (N, K), accumulation dtype.
+        sums: t, (N, K), accumulation dtype, or in parts, see _sums, as all sums here.
+        gated: the sums of dbranch, of which the gradient of b is the total.
         x: (N, C, H, W).
         s: a scale of x's channels, (N, C), accumulation dtype; or None for 1.
-        shift: what is added to s * x, (C,); or None.
+        shift: with s: what is added to s * x, (C,); or None.
         gate: (N, K) or (1, K).
         weight: W, (K, C).
         bias: b, (K,) or None.
 
     Returns:
-        dW (K, C), db (K,), dgate (N, K) and ds (N, C) or None: in the accumulation dtype; dW may be in x's.
+        dW (K, C), in the accumulation dtype or in x's; dgate (N, K) and ds (N, C) or None, both sums.
     """
-    dtype = sums.dtype
-    db = (sums * gate.to(dtype)).sum(0)
-    held = bias if shift is None else (weight @ shift if bias is None else weight @ shift + bias)
     kernel = optional("gated_products", x) if x.shape[2] * x.shape[3] >= _PRODUCTS_FROM else None
-    dscale: Tensor | None = None
     if kernel is None:
-        scaled = x if s is None else select("channel_affine", x)(x, s)
-        branch = from_rows(linear(rows(scaled), weight), x)
+        held = None if shift is None else shift.to(sums.dtype)[None]
+        inner = x if s is None else select("channel_affine", x)(x, s, shift=held)
+        branch = from_rows(linear(rows(inner), weight, check.dense(bias)), x)
         dgate = select("channel_dots", x)(dy, branch)
         dscale = None if s is None or dinner is None else select("channel_dots", x)(dinner, x)
-        dweight = rows(dbranch).t() @ rows(scaled)
-    else:
-        dgate, dweight, dscale = _by_products(kernel, rows(dy), rows(x), s, gate, weight, sums)
+        return rows(dbranch).t() @ rows(inner), dgate, dscale
+    sums = total(sums)
+    dgate, dweight, dscale = _by_products(kernel, rows(dy), rows(x), s, gate, weight, sums)
     if shift is not None:
-        dweight = dweight + db[:, None] * shift.to(dtype)
-    if held is not None:
-        dgate = dgate + sums * held.to(dtype)
-    return dweight, db, dgate, dscale
+        dweight = dweight + total(gated).sum(0)[:, None] * shift.to(sums.dtype)
+        through = weight @ shift
+        bias = through if bias is None else through + bias
+    return dweight, dgate if bias is None else dgate + sums * bias.to(sums.dtype), dscale
 
 
 def _by_products(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support import added_up
 
 from dico_kernels.kernels import adaln
 from dico_kernels.reference import functional as F
@@ -15,13 +16,14 @@ SHAPES = [(1, 1, 1, 1), (2, 5, 3, 7), (3, 3, 9, 11), (1, 33, 1, 9)]
 
 def run_adaln(x, shift, scale, dy, eps=1e-6):
     y, mean, rstd = adaln.adaln_modulate(x, shift, scale, eps)
-    dx, dshift, dscale = adaln.adaln_modulate_backward(dy, x, scale, mean, rstd)
-    return y, dx, dshift, dscale
+    dx, *sums = adaln.adaln_modulate_backward(dy, x, scale, mean, rstd)
+    return y, dx, *map(added_up, sums)
 
 
 def run_seam(x, branch, gate, shift, scale, dy, dh, eps=1e-6):
     y, h, mean, rstd = adaln.gated_residual_adaln(x, branch, gate, shift, scale, eps)
-    return (y, h, *adaln.gated_residual_adaln_backward(dy, dh, y, branch, gate, scale, mean, rstd))
+    dx, dbranch, *sums = adaln.gated_residual_adaln_backward(dy, dh, y, branch, gate, scale, mean, rstd)
+    return y, h, dx, dbranch, *map(added_up, sums)
 
 
 def cancelled(channels):
@@ -56,7 +58,7 @@ class TestAgainstFloat64:
         dbranch, dgate = adaln.gated_residual_backward(dy, branch, gate)
         assert is_image(y, dtype)
         assert is_image(dbranch, dtype)
-        agree((y, dy, dbranch, dgate), F.gated_residual, (x, branch, gate), (dy,))
+        agree((y, dy, dbranch, added_up(dgate)), F.gated_residual, (x, branch, gate), (dy,))
 
     def test_seam(self, shape, dtype, random, agree, is_image):
         x, branch, dy, dh = (random(shape, dtype) for _ in range(4))
@@ -84,7 +86,7 @@ def test_broadcast_conditioning(broadcast, random, agree):
     dshift, dscale = total(dshift) if broadcast[1] else dshift, total(dscale) if broadcast[2] else dscale
     agree((y, dx, dshift, dscale), F.adaln_modulate, (x, shift, scale), (dy,))
     dbranch, dgate = adaln.gated_residual_backward(dy, branch, gate)
-    dgate = total(dgate) if broadcast[0] else dgate
+    dgate = total(added_up(dgate)) if broadcast[0] else added_up(dgate)
     y = adaln.gated_residual(x, branch, gate)
     agree((y, dy, dbranch, dgate), F.gated_residual, (x, branch, gate), (dy,))
 
@@ -115,6 +117,23 @@ def test_half_precision(random, agree):
     gate, shift, scale = (random((1, 5), dtype) for _ in range(3))
     results = run_seam(x, branch, gate, shift, scale, dy, dh)
     agree(results, F.gated_residual_adaln, (x, branch, gate, shift, scale), (dy, dh))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gate_gradient(shape, dtype, random, is_image):
+    """Under autocast, where the gradient is wider than the gate, too; both sums are of what was not rounded."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    dy, gate = random(shape, wide), random(shape[:2], dtype)
+    dbranch, narrow, sums, gated = adaln.gate_gradient(dy, gate)
+    assert is_image(dbranch, dtype)
+    assert narrow is dy if dtype == wide else torch.equal(narrow, dy.to(dtype))
+    product = dy.double() * gate.double()[:, :, None, None]
+    half_an_ulp = torch.finfo(dtype).eps / 2
+    assert ((dbranch - product).abs() <= half_an_ulp * product.abs() * (1 + 1e-6)).all()
+    for found, terms in ((sums, dy.double()), (gated, product)):
+        error = (added_up(found) - terms.sum((2, 3))).abs()
+        assert (error <= 8 * torch.finfo(wide).eps * terms.abs().sum((2, 3))).all()
 
 
 def test_statistics_are_those_of_the_rounded_sum(random):

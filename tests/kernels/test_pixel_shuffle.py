@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from support import added_up
 
 from dico_kernels.kernels import pixel_shuffle as kernels
 from dico_kernels.reference import functional as F
@@ -32,7 +33,8 @@ def arguments(shape, dtype, random):
 
 def run(up, skip, weight, bias, dy):
     y = kernels.pixel_shuffle_skip(up, skip, weight, bias)
-    return (y, *kernels.pixel_shuffle_skip_backward(dy, up, skip, weight))
+    dup, dskip, dweight, dbias = kernels.pixel_shuffle_skip_backward(dy, up, skip, weight)
+    return y, dup, dskip, added_up(dweight).reshape(weight.shape), added_up(dbias).sum(0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -42,20 +42,40 @@ def test_conditioning(shape, groups, dtype, random, agree):
     agree([y], linear_silu, [c, *weights, *biases])
 
 
+ATTENTION = [(1, 1, 1), (2, 3, 5), (3, 2, 17), (18, 1, 40), (1, 19, 131)]  # images, parts, channels
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("case", [(1, 1), (2, 5), (3, 17), (18, 40), (1, 131)], ids=str)
+@pytest.mark.parametrize("case", ATTENTION, ids=str)
 def test_channel_attention(case, biased, dtype, random):
-    n, c = case
+    n, _, c = case
     sums = random((n, c), accumulation_dtype(dtype)) * 40
     weight, bias = random((c, c), dtype) / c**0.5, random((c,), dtype) if biased else None
     mean, attention = vectors.channel_attention(sums, 6, weight, bias)
     assert mean.dtype == attention.dtype == sums.dtype
     torch.testing.assert_close(mean, sums / 6, rtol=3e-7, atol=0)
     # the mean meets a 16-bit weight rounded to its dtype, as in F.linear
-    rounded = (sums / 6).to(dtype).double()
-    truth = torch.sigmoid(rounded @ weight.double().t() + (0 if bias is None else bias.double()))
-    assert rel_rms(attention, truth) <= (1e-14 if dtype == torch.float64 else 1e-6)
+    logits = mean.to(dtype).double() @ weight.double().t() + (0 if bias is None else bias.double())
+    assert rel_rms(attention, torch.sigmoid(logits)) <= (1e-14 if dtype == torch.float64 else 1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ATTENTION, ids=str)
+def test_channel_attention_backward(case, dtype, random):
+    n, _, c = case
+    acc = accumulation_dtype(dtype)
+    weight, parts = random((c, c), dtype) / c**0.5, random(case, acc)
+    mean, attention = random((n, c), acc), torch.sigmoid(random((n, c), acc))
+    dsums, dweight, dbias = vectors.channel_attention_backward(parts, attention, mean, 6, weight)
+    assert dweight.dtype == weight.dtype
+    assert dbias.dtype == acc
+    dlogits = parts.double().sum(1) * attention.double() * (1 - attention.double())
+    assert rel_rms(dbias, dlogits) <= (1e-15 if dtype == torch.float64 else 3e-7)
+    # the products' factors and results are rounded to the weight's dtype
+    budget = {torch.float64: 1e-14, torch.float32: 2e-6}.get(dtype, 2 * torch.finfo(dtype).eps)
+    assert rel_rms(dsums, dlogits @ weight.double() / 6) <= budget
+    assert rel_rms(dweight, dlogits.t() @ mean.double()) <= budget
 
 
 def test_attention_saturates_and_keeps_nan(device):

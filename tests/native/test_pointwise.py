@@ -130,11 +130,12 @@ def test_a_float32_stream_beside_narrow_branches(isa, shape, image, vector, narr
     y = native.gated_residual(x, branch, gate)
     assert y.dtype == torch.float32
     assert rel_rms(y, x.double() + per_channel(gate) * branch.double()) <= exact
-    dbranch, low, sums = native.gate_gradient(dy, gate)
+    dbranch, low, sums, gated = native.gate_gradient(dy, gate)
     assert dbranch.dtype == low.dtype == narrow
     assert rel_rms(dbranch, per_channel(gate) * dy.double()) <= rounding
     assert torch.equal(low, dy.to(narrow))
     assert (sums - dy.double().sum((2, 3))).norm() <= 1e-6 * dy.abs().sum((2, 3)).norm()
+    assert torch.equal(gated, sums * gate.float())
 
     leaf = x.double().requires_grad_()
     rows = leaf.permute(0, 2, 3, 1)
