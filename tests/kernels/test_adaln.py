@@ -130,7 +130,7 @@ def test_gate_gradient(shape, dtype, random, is_image):
     assert narrow is dy if dtype == wide else torch.equal(narrow, dy.to(dtype))
     product = dy.double() * gate.double()[:, :, None, None]
     half_an_ulp = torch.finfo(dtype).eps / 2
-    assert ((dbranch - product).abs() <= half_an_ulp * product.abs() * (1 + 1e-6)).all()
+    assert ((dbranch - product).abs() <= half_an_ulp * product.abs() * (1 + 1e-4)).all()  # rounded twice
     for found, terms in ((sums, dy.double()), (gated, product)):
         error = (added_up(found) - terms.sum((2, 3))).abs()
         assert (error <= 8 * torch.finfo(wide).eps * terms.abs().sum((2, 3))).all()
