@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -43,15 +44,15 @@ def _place(weight: Tensor) -> tuple[Any, ...]:
 
 def _forget_what_stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """Forget the packed weights of an optimizer that counts no change of theirs, as those with fused=True do not."""
-    fused = [p for group in optimizer.param_groups if group.get("fused") for p in group["params"]]
-    if fused and _PACKED:
-        # Whoever derived something of a weight, packed or not, asks for this number.
-        _COUNT.value += 1
-        for parameter in fused:
-            _PACKED.pop(parameter, None)
+    for group in optimizer.param_groups if _PACKED else ():
+        # Of those that are not packed too: whoever derived something of them asks for the number that this changes.
+        for parameter in group["params"] if group.get("fused") else ():
+            forget(parameter)
 
 
-_HOOKED: list[Any] = []
+@cache
+def _watch_optimizers() -> None:
+    register_optimizer_step_post_hook(_forget_what_stepped)
 
 
 def keep(weight: Tensor, reorder: Callable[[Tensor], Tensor], form: str = ONEDNN) -> bool:
@@ -66,8 +67,7 @@ def keep(weight: Tensor, reorder: Callable[[Tensor], Tensor], form: str = ONEDNN
         return False
     with torch.no_grad():
         tensor = reorder(weight.detach())
-    if not _HOOKED:
-        _HOOKED.append(register_optimizer_step_post_hook(_forget_what_stepped))
+    _watch_optimizers()
     storage = StorageWeakRef(weight.untyped_storage())  # type: ignore[no-untyped-call]
     _COUNT.value += 1
     _PACKED[weight] = _Packed(tensor, form, weight.dtype, weight._version, _place(weight), storage)

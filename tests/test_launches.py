@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support import DEVICE
 from torch.profiler import ProfilerActivity, profile
 
 import dico_kernels as dk
@@ -36,15 +37,18 @@ def launches(call):
 
 
 # DiCo's ten of Triton's in forward: adaLN, depthwise, sums in parts and added up, attention, scale, gate; adaLN, GELU,
-# gate. Of PyTorch's, products that oneDNN makes are not seen.
+# gate. Of PyTorch's, products that oneDNN makes on a CPU are not seen: `products`, in forward and backward.
 @pytest.mark.parametrize(
-    ("block", "forward", "backward"), [(dk.nn.DiCoBlock, (10, 3), (17, 14)), (dk.nn.FCDMBlock, (6, 4), (14, 12))]
+    ("block", "forward", "backward", "products"),
+    [(dk.nn.DiCoBlock, (10, 3), (17, 14), (4, 6)), (dk.nn.FCDMBlock, (6, 4), (14, 12), (2, 3))],
 )
-def test_launches_of_a_training_step(block, forward, backward):
+def test_launches_of_a_training_step(block, forward, backward, products):
+    if DEVICE == "cuda":
+        forward, backward = ((t, p + seen) for (t, p), seen in zip((forward, backward), products, strict=True))
     torch.manual_seed(0)
-    module = block(64).bfloat16()
-    x = torch.randn(8, 64, 16, 16).bfloat16().contiguous(memory_format=torch.channels_last).requires_grad_()
-    c = torch.randn(8, 64).bfloat16().requires_grad_()
+    module = block(64).bfloat16().to(DEVICE)
+    x = torch.randn(8, 64, 16, 16).bfloat16().to(DEVICE, memory_format=torch.channels_last).requires_grad_()
+    c = torch.randn(8, 64).bfloat16().to(DEVICE).requires_grad_()
     with dk.backend("triton", strict=True, products="library"):
         out, *counted = launches(lambda: module(x, c))
         assert all(n <= most for n, most in zip(counted, forward, strict=True)), counted

@@ -47,32 +47,14 @@ def _add_up_kernel(
 ):  # fmt: skip
     """Of each slot: part p of rows of c elements, n to a group; out o; e the number of programs up to its end."""
     pid = tl.program_id(0)
-    if pid < e0:
-        _add(pid, p0, o0, n0, c0, ROWS, COLS, ACC)
-    if SLOTS > 1:
-        if (pid >= e0) & (pid < e1):
-            _add(pid - e0, p1, o1, n1, c1, ROWS, COLS, ACC)
-    if SLOTS > 2:
-        if (pid >= e1) & (pid < e2):
-            _add(pid - e1, p2, o2, n2, c2, ROWS, COLS, ACC)
-    if SLOTS > 3:
-        if (pid >= e2) & (pid < e3):
-            _add(pid - e2, p3, o3, n3, c3, ROWS, COLS, ACC)
-    if SLOTS > 4:
-        if (pid >= e3) & (pid < e4):
-            _add(pid - e3, p4, o4, n4, c4, ROWS, COLS, ACC)
-    if SLOTS > 5:
-        if (pid >= e4) & (pid < e5):
-            _add(pid - e4, p5, o5, n5, c5, ROWS, COLS, ACC)
-    if SLOTS > 6:
-        if (pid >= e5) & (pid < e6):
-            _add(pid - e5, p6, o6, n6, c6, ROWS, COLS, ACC)
-    if SLOTS > 7:
-        if (pid >= e6) & (pid < e7):
-            _add(pid - e6, p7, o7, n7, c7, ROWS, COLS, ACC)
-    if SLOTS > 8:
-        if (pid >= e7) & (pid < e8):
-            _add(pid - e7, p8, o8, n8, c8, ROWS, COLS, ACC)
+    ps = (p0, p1, p2, p3, p4, p5, p6, p7, p8)
+    outs = (o0, o1, o2, o3, o4, o5, o6, o7, o8)
+    ns = (n0, n1, n2, n3, n4, n5, n6, n7, n8)
+    cs = (c0, c1, c2, c3, c4, c5, c6, c7, c8)
+    es = (0, e0, e1, e2, e3, e4, e5, e6, e7, e8)
+    for i in tl.static_range(SLOTS):
+        if (pid >= es[i]) & (pid < es[i + 1]):
+            _add(pid - es[i], ps[i], outs[i], ns[i], cs[i], ROWS, COLS, ACC)
 
 
 def add_up(parts: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:

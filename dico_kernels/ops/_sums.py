@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dico_kernels.dtypes import accumulation_dtype
 from dico_kernels.ops._backends import optional
 
 
@@ -37,6 +38,11 @@ def gradients(dtype: torch.dtype, *wanted: tuple[Tensor, Sequence[int]]) -> list
     return [g.reshape(tuple(shape)) for g, (_, shape) in zip(found, wanted, strict=True)]
 
 
+def of_samples(x: Tensor, *sums: Tensor) -> list[Tensor]:
+    """Sums over the pixels of x, or of what has its shape, finished: (N, C) each, accumulation dtype."""
+    return gradients(accumulation_dtype(x.dtype), *((s, x.shape[:2]) for s in sums))
+
+
 def _added(sums: Tensor, shape: Sequence[int]) -> Tensor:
     sums = total(sums)
     return sums if sums.numel() == torch.Size(shape).numel() else sums.sum(0)
@@ -48,4 +54,4 @@ def _grouped(sums: Tensor, shape: Sequence[int]) -> Tensor:
     return sums.reshape(torch.Size(shape).numel() // c, -1, c)
 
 
-__all__ = ["gradients", "total"]
+__all__ = ["gradients", "of_samples", "total"]

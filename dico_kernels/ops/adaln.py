@@ -10,7 +10,7 @@ from dico_kernels.dtypes import accumulation_dtype
 from dico_kernels.ops import _checks as check
 from dico_kernels.ops._backends import select
 from dico_kernels.ops._library import only_needed, reduce_to, register
-from dico_kernels.ops._sums import gradients
+from dico_kernels.ops._sums import of_samples
 
 
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -23,11 +23,6 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 def _per_sample(x: Tensor, count: int) -> list[Tensor]:
     """Zeros, (N, C) each, in the accumulation dtype: also the right gradients of an empty batch."""
     return [x.new_zeros(tuple(x.shape[:2]), dtype=accumulation_dtype(x.dtype)) for _ in range(count)]
-
-
-def _of_samples(x: Tensor, *sums: Tensor) -> list[Tensor]:
-    """Sums over pixels, finished, (N, C) each."""
-    return gradients(accumulation_dtype(x.dtype), *((s, x.shape[:2]) for s in sums))
 
 
 # ---- adaln_modulate ----
@@ -61,7 +56,7 @@ def _adaln_backward(dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Te
     dx, *sums = select("adaln_modulate_backward", x)(
         check.channels_last(dy), check.channels_last(x), check.dense_rows(scale), mean, rstd
     )
-    return dx, *_of_samples(x, *sums)
+    return dx, *of_samples(x, *sums)
 
 
 def _adaln_backward_fake(
@@ -148,7 +143,7 @@ def _gated_backward(dy: Tensor, branch: Tensor, gate: Tensor) -> tuple[Tensor, T
     dbranch, dgate = select("gated_residual_backward", dy)(
         check.channels_last(dy), check.channels_last(branch), check.dense_rows(gate)
     )
-    return dbranch, *_of_samples(dy, dgate)
+    return dbranch, *of_samples(dy, dgate)
 
 
 def _gated_backward_fake(dy: Tensor, branch: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
@@ -244,7 +239,7 @@ def _seam_backward(
     dx, dbranch, *sums = select("gated_residual_adaln_backward", y)(
         *images, check.dense_rows(gate), check.dense_rows(scale), mean, rstd
     )
-    return dx, dbranch, *_of_samples(y, *sums)
+    return dx, dbranch, *of_samples(y, *sums)
 
 
 def _seam_backward_fake(

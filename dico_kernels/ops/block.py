@@ -180,8 +180,7 @@ def _conv_backward(
         w1.dtype, (dshift, shift.shape), (dscale, scale.shape), (dgate, gate.shape), (db1, inner), (ddw, dw.shape),
         (ddb, inner), (dba, inner), (db2, c),
     )  # fmt: skip
-    weights = (w.to(w1.dtype) for w in (dw1.reshape(w1.shape), dwa, dw2.reshape(w2.shape)))
-    dw1, dwa, dw2 = weights
+    dw1, dwa, dw2 = (w.to(w1.dtype) for w in (dw1.reshape(w1.shape), dwa, dw2.reshape(w2.shape)))
     return dx, dshift, dscale, dgate, dw1, db1, ddw, ddb, dwa, dba, dw2, db2
 
 

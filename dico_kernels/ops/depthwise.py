@@ -10,7 +10,7 @@ from dico_kernels.dtypes import accumulation_dtype
 from dico_kernels.ops import _checks as check
 from dico_kernels.ops._backends import select
 from dico_kernels.ops._library import only_needed, reduce_to, register
-from dico_kernels.ops._sums import gradients
+from dico_kernels.ops._sums import gradients, of_samples
 from dico_kernels.ops.pointwise import from_rows, input_gradient, linear, rows
 
 # ---- pointwise_depthwise_gelu ----
@@ -168,9 +168,8 @@ def _da_backward(
         check.channels_last(dy), z, check.dense_rows(scale), mean, rstd
     )
     dx, dweight, dbias = select("depthwise_backward", x)(dz, x, weight, None, False)
-    (n, c), acc = x.shape[:2], accumulation_dtype(x.dtype)
-    vectors = gradients(acc, (dshift, (n, c)), (dscale, (n, c)))
-    return dx, *gradients(x.dtype, (dweight, weight.shape), (dbias, (c,))), *vectors
+    parameters = gradients(x.dtype, (dweight, weight.shape), (dbias, weight.shape[:1]))
+    return dx, *parameters, *of_samples(x, dshift, dscale)
 
 
 def _da_backward_fake(
