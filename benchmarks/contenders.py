@@ -158,20 +158,25 @@ def frozen(freeze: bool) -> Iterator[None]:
 
 
 # Who multiplies in a fused contender's branches: the rule, whatever was measured; what is named; or what tune finds.
-_PRODUCTS = {"fused": "rule", "packed": "rule", "fused_mixed": "mixed", "fused_tuned": "tuned"}
+_PRODUCTS = dict.fromkeys(("fused", "packed", "fused_recompute"), "rule") | {
+    "fused_mixed": "mixed",
+    "fused_tuned": "tuned",
+}
 
 
 def model_contender(arena: ModelArena, name: str, how: str, device: torch.device) -> Contender:
     """A model of an arena, ready to run one inference call or training step.
 
     ``how``: eager, channels_last, fused (dico_kernels.fuse), each of them with ``_graph`` (a GraphRunner's CUDA graph);
-    fused_mixed (with products="mixed"), fused_tuned (after dico_kernels.tune, whose seconds stand for compiling's);
+    fused_mixed (with products="mixed"), fused_tuned (after dico_kernels.tune, whose seconds stand for compiling's),
+    fused_recompute (fuse's recompute, in training);
     packed (fused, and dico_kernels.pack); compile (max-autotune on a GPU, weights frozen on a CPU), compile_default,
     compile_linear, compile_flash, compile_cudnn.
     """
     graphed, how = how.endswith("_graph"), how.removesuffix("_graph")
     products = _PRODUCTS.get(how)
-    how = how.removesuffix("_mixed").removesuffix("_tuned")
+    recompute = how.endswith("_recompute")
+    how = how.removesuffix("_mixed").removesuffix("_tuned").removesuffix("_recompute")
     source = _filled(name, arena.resolution // 8, device)
     training, dtype = arena.mode == "training", DTYPES[arena.dtype]
     model: nn.Module = copy.deepcopy(source)
@@ -182,7 +187,7 @@ def model_contender(arena: ModelArena, name: str, how: str, device: torch.device
     elif how in _SDPA:
         model = with_pinned_attention(model, _SDPA[how])
     elif how in ("fused", "packed"):
-        model = fuse(model)
+        model = fuse(model, recompute=recompute)
     model = model.to(dtype=weights).to(memory_format=layout).train(training)  # type: ignore[call-overload]
     if how == "packed":
         pack(model)

@@ -58,6 +58,8 @@ class ModelArena:
             contenders = ["eager"] if dit else ["eager", "channels_last", "fused"]
             if not (training or dit):
                 contenders.append("fused_tuned" if gpu else "packed")
+            if training and not gpu and not dit:
+                contenders.append("fused_recompute")
             if training and gpu and not dit:
                 contenders.remove("eager")  # each keeps weights and optimiser state: all at once must fit the card
             if self.compiled:

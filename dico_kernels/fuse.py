@@ -36,6 +36,7 @@ class Verdict:
         reason: why it does not; "" where it does.
         figure: the probe's largest relative error, None where structure decided.
         fits: whether fuse() would fuse it, or has.
+        recomputes: whether it was fused with ``recompute``.
     """
 
     module: str
@@ -44,6 +45,7 @@ class Verdict:
     reason: str
     figure: float | None
     fits: bool
+    recomputes: bool = False
 
 
 _CLASSES: dict[tuple[Any, ...], type[Fused]] = {}
@@ -130,7 +132,8 @@ def _judge(module: nn.Module, sharded: bool) -> tuple[Verdict, type[nn.Module] |
     """What to make of a module, and the class to give it; None where it is no candidate."""
     if isinstance(module, Fused):
         reason = module.why_unfused(sharded)
-        return Verdict("", module.fused_family, reason is None, reason or "", _figure(module), True), None
+        fused, recomputes = reason is None, bool(module.fused_recompute)
+        return Verdict("", module.fused_family, fused, reason or "", _figure(module), True, recomputes), None
     figure: float | None = None
     try:
         candidate = nominate(module)
@@ -195,7 +198,7 @@ def _refuse_sharded(model: nn.Module) -> None:
                 raise RuntimeError(f"{name}.{key} is a DTensor: {remedy}")
 
 
-def fuse(model: Model) -> Model:
+def fuse(model: Model, *, recompute: bool = False) -> Model:
     """Make every block that is proven equal to a fused one run fused, in place.
 
     Candidates are found by structure: DiCo's and FCDM's blocks by the published names of their layers, ours, the
@@ -206,9 +209,12 @@ def fuse(model: Model) -> Model:
 
     Args:
         model: any module, on any device or "meta".
+        recompute: have the blocks keep less for backward and compute that anew there: of a feed-forward half, or of
+            FCDM's block, the input alone. One product more a block in a training step, for a third of what it keeps.
+            Nothing else depends on it. Applies to every block of the model, fused now or before.
 
     Returns:
-        The model itself. Fusing it again changes nothing.
+        The model itself. Fusing it again in the same way changes nothing.
 
     Raises:
         TypeError: model is not an nn.Module.
@@ -228,6 +234,8 @@ def fuse(model: Model) -> Model:
                 verdict = replace(verdict, fits=False, reason=f"its class cannot be swapped ({error})")
         if not verdict.fits:
             left.append(verdict)
+        elif isinstance(module, Fused):
+            _set_recompute(module, recompute)
     if left:
         first, more = left[0], f"; and {len(left) - 1} more" if len(left) > 1 else ""
         warnings.warn(
@@ -236,6 +244,12 @@ def fuse(model: Model) -> Model:
             stacklevel=2,
         )
     return model
+
+
+def _set_recompute(module: Fused, wanted: bool) -> None:
+    module.__dict__.pop("fused_recompute", None)
+    if module.fused_recompute is not None and wanted:
+        module.fused_recompute = True
 
 
 def unfuse(model: Model) -> Model:
@@ -258,6 +272,7 @@ def unfuse(model: Model) -> Model:
             raise RuntimeError(f"{name or 'model'} was wrapped after fuse ({type(module).__name__}): unfuse before")
     for _, module in swapped:
         forget(module)
+        _set_recompute(module, False)
         module.__class__ = type(module).fused_original
     return model
 

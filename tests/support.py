@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -135,6 +135,21 @@ def assert_within_budget(
     for key, value in truth.items():
         if value.norm() > 1e-9:
             assert rel_rms(fused[key], value) <= 2 * rel_rms(eager[key], value) + band, key
+
+
+def saved_bytes(fn: Callable[..., Tensor], arguments: Sequence[Any], parameters: Iterable[Tensor]) -> int:
+    """Bytes of the unique storages that autograd keeps for fn(*arguments), those of parameters apart."""
+    held: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        held[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    apart = {p.untyped_storage().data_ptr() for p in parameters}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = fn(*arguments)
+    assert out.requires_grad
+    return sum(size for pointer, size in held.items() if pointer not in apart)
 
 
 def conditioning(n: int, c: int, dtype: torch.dtype, count: int = 2) -> list[Tensor]:

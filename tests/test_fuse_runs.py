@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
 from foreign import Block
-from support import rel_rms, run_python
+from support import rel_rms, run_python, saved_bytes
 from test_fuse import MODELS, assert_within_budget, fused_modules, hard, results
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -98,6 +99,53 @@ def test_activation_checkpointing(reentrant):
     actual = results(model, inputs)
     for key, value in actual.items():
         assert rel_rms(value, expected[key.replace(".block.", ".")]) < 1e-5, key
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "published FCDM"])  # that checkpoints its blocks
+class TestRecompute:
+    def test_less_is_kept_and_nothing_else_changes(self, name):
+        model, inputs = hard(name)
+        eager = copy.deepcopy(model)
+        expected = results(dk.fuse(model), inputs)
+        usual = bytes_kept(model, inputs)
+        assert dk.fuse(model, recompute=True) is model
+        for key, value in results(model, inputs).items():
+            assert rel_rms(value, expected[key]) < 1e-5 or expected[key].norm() < 1e-9, key
+        less = bytes_kept(model, inputs)
+        assert less < usual < 0.5 * bytes_kept(eager, inputs)
+        assert bytes_kept(dk.fuse(eager, recompute=True), inputs) == less  # at once, or later
+        assert bytes_kept(dk.fuse(model), inputs) == usual
+
+    def test_it_goes_with_copies_and_ends_with_unfuse(self, name):
+        model, inputs = hard(name)
+        attributes = [set(m.__dict__) for m in model.modules()]
+        dk.fuse(model, recompute=True)
+        less = bytes_kept(model, inputs)
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert bytes_kept(twin, inputs) == less
+        assert "fused, recomputing" in str(dk.explain(model))
+        dk.unfuse(model)
+        assert [set(m.__dict__) for m in model.modules()] == attributes
+        assert "recomputing" not in str(dk.explain(dk.fuse(model)))
+
+
+def bytes_kept(model, inputs):
+    return saved_bytes(model, inputs, model.parameters())
+
+
+def test_recompute_compiles_in_one_graph():
+    model, inputs = hard("DiCo")
+    compiled = torch.compile(dk.fuse(model, recompute=True), backend="aot_eager", fullgraph=True)
+    expected = results(model, inputs)
+    for key, value in results(compiled, inputs).items():
+        assert rel_rms(value, expected[key.removeprefix("_orig_mod.")]) < 1e-5 or value.norm() < 1e-9, key
+
+
+def test_modules_of_our_own_recompute():
+    block = fill_(dk.nn.FCDMBlock(16))
+    x, c = torch.randn(2, 16, 8, 8, requires_grad=True), torch.randn(2, 16)
+    usual = bytes_kept(block, (x, c))
+    assert bytes_kept(dk.fuse(block, recompute=True), (x, c)) < usual
 
 
 def test_second_derivatives_are_refused():

@@ -69,6 +69,8 @@ class Fused(nn.Module):
         fused_arity: how many inputs forward takes.
         fused_joined: children that are bypassed while they are plain, and called otherwise.
         fused_products: names of the 1x1 convolutions whose weights are multiplied as they are, which pack() packs.
+        fused_recompute: whether a training step keeps less and computes that anew in backward, fuse's ``recompute``;
+            None where there is nothing to choose.
         fused_original: the class that fuse() replaced; None for a class of ``dico_kernels.nn``.
     """
 
@@ -78,6 +80,7 @@ class Fused(nn.Module):
     fused_arity: ClassVar[int] = 2
     fused_joined: ClassVar[tuple[str, ...]] = ()
     fused_products: ClassVar[tuple[str, ...]] = ()
+    fused_recompute: bool | None = None
 
     def why_unfused(self, sharded: bool = False) -> str | None:
         """Why the unfused forward runs at present, or None.
@@ -120,6 +123,11 @@ class Fused(nn.Module):
     def compute(self, library: ModuleType | None, *inputs: Any) -> Tensor:
         """The forward by the functions of a library, dico_kernels.ops or reference.functional; None chooses."""
         raise NotImplementedError
+
+
+def recomputing(module: Fused, library: ModuleType) -> dict[str, bool]:
+    """What a branch of the module is called with beside its formula's arguments, by the functions of a library."""
+    return {"recompute": True} if module.fused_recompute and library is ops else {}
 
 
 def choose(library: ModuleType | None, x: Tensor) -> ModuleType:

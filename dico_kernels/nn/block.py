@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from dico_kernels.nn._fused import Fused, Layout, choose, find, promoted
+from dico_kernels.nn._fused import Fused, Layout, choose, find, promoted, recomputing
 from dico_kernels.nn._state import recorded
 from dico_kernels.nn.adaln import modulation
 from dico_kernels.nn.grn import affine
@@ -51,6 +51,7 @@ class FusedDiCoBlock(Fused):
     )
     fused_products: ClassVar[tuple[str, ...]] = ("conv1", "conv3", "conv4", "conv5")
     fused_eps: ClassVar[tuple[float, float]] = (LN_EPS, LN_EPS)
+    fused_recompute: bool | None = False
 
     def forward(self, x: Tensor, c: Any) -> Tensor:
         """Apply the block: x (N, C, H, W), c what adaLN_modulation takes -> (N, C, H, W), channels_last."""
@@ -76,7 +77,7 @@ class FusedDiCoBlock(Fused):
         )  # fmt: skip
         y: Tensor = f.ffn_half(
             x, shift2, scale2, gate2, self.conv4.weight, self.conv4.bias, self.conv5.weight, self.conv5.bias,
-            self.fused_eps[1],
+            self.fused_eps[1], **recomputing(self, f),
         )  # fmt: skip
         return y
 
@@ -137,6 +138,7 @@ class FusedPlainDiCoBlock(FusedDiCoBlock):
         )  # fmt: skip
         y: Tensor = f.ffn_half(
             x, zero, zero, one, weight4, bias4, self.conv5.weight, self.conv5.bias, self.fused_eps[1],
+            **recomputing(self, f),
         )  # fmt: skip
         return y
 
@@ -163,6 +165,7 @@ class FusedFCDMBlock(Fused):
     )
     fused_products: ClassVar[tuple[str, ...]] = ("pwconv1", "pwconv2")
     fused_eps: ClassVar[tuple[float, float]] = (LN_EPS, GRN_EPS)
+    fused_recompute: bool | None = False
     fused_affine: ClassVar[tuple[str, str]] = ("gamma", "beta")
 
     def forward(self, x: Tensor, c: Any) -> Tensor:
@@ -186,7 +189,7 @@ class FusedFCDMBlock(Fused):
         gamma, beta = affine(self.grn, self.fused_affine)
         y: Tensor = f.fcdm_block(
             x, shift, scale, gate, self.dwconv.weight, self.dwconv.bias, self.pwconv1.weight, self.pwconv1.bias,
-            gamma, beta, self.pwconv2.weight, self.pwconv2.bias, *self.fused_eps,
+            gamma, beta, self.pwconv2.weight, self.pwconv2.bias, *self.fused_eps, **recomputing(self, f),
         )  # fmt: skip
         return y
 

@@ -6,7 +6,7 @@ import ops_cases
 import pytest
 import torch
 from ops_cases import BRANCHES, CASES, backends, check_against_float64, device_of, outputs_and_gradients
-from support import rel_rms
+from support import rel_rms, saved_bytes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dico_kernels as dk
@@ -69,7 +69,8 @@ def test_recompute_keeps_less_and_changes_nothing(backend, device):
             results = outputs_and_gradients(run, arguments)
             for a, b in zip(results, outputs_and_gradients(case.op, arguments), strict=True):
                 assert rel_rms(a, b) < 1e-13
-            sizes.append(_saved(run, [a.clone().requires_grad_() for a in arguments]))
+            leaves = [a.clone().requires_grad_() for a in arguments]
+            sizes.append(saved_bytes(run, leaves, leaves[1:]))
         assert sizes[1] < sizes[0]
 
 
@@ -83,21 +84,6 @@ def test_nothing_is_saved_without_gradients(case, backend, device):
     out = getattr(torch.ops.dico_kernels, case.name)(*arguments, *defaults)[0]
     with pytest.raises(RuntimeError, match=rf"{case.name} was called with save=False.*pass save=True"):
         out.sum().backward()
-
-
-def _saved(fn, arguments):
-    """Bytes of the unique storages that autograd keeps, parameters (all but the image) apart."""
-    held = {}
-
-    def pack(t):
-        held[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    parameters = {a.untyped_storage().data_ptr() for a in arguments[1:]}
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = fn(*arguments)
-    assert out.requires_grad
-    return sum(size for pointer, size in held.items() if pointer not in parameters)
 
 
 @pytest.mark.parametrize(("width", "side"), [(128, 16), (416, 8)])
@@ -117,7 +103,8 @@ def test_bytes_saved_by_a_block(width, side, dtype):
         def of(fn, shapes):
             arguments = [torch.randn(s).to(dtype) / 8 for s in shapes]
             image = arguments[0].contiguous(memory_format=torch.channels_last).requires_grad_()
-            return _saved(fn, [image, *(a.requires_grad_() for a in arguments[1:])])
+            weights = [a.requires_grad_() for a in arguments[1:]]
+            return saved_bytes(fn, [image, *weights], weights)
 
         n, c = 2, width
         stream = [(n, c, side, side), (n, c), (n, c), (n, c)]
