@@ -33,7 +33,7 @@ TESTS = (
 _ONLY = "not native and not reference and not cpu and not Refused and not every_level and not bytes_saved"
 _GRACE_S = 8.0
 # A test that takes longer is stuck, in a kernel or in compiling one: what is behind it goes on without it.
-_STUCK_S = 90.0
+_STUCK_S = 180.0
 
 
 def clone() -> Path | None:

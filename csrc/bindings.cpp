@@ -85,7 +85,8 @@ std::unique_ptr<dico::Step> make_step(dico::cpu::Kernel<Args> dico::cpu::Kernels
         if (base >= 0) places.push_back({offset_of(member), static_cast<size_t>(base)});
     };
     (place(members, bases[I]), ...);
-    return std::make_unique<dico::KernelStep<Args>>(kernel, dtype, threads, args, std::move(places));
+    return std::make_unique<dico::KernelStep<Args>>(dico::cpu::kernels().*kernel, dtype, threads, args,
+                                                    std::move(places));
 }
 
 // A kernel as a function of dtype, number of threads, and the named members in that order.

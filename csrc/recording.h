@@ -28,8 +28,7 @@ struct Place {
 template <class Args>
 class KernelStep : public Step {
   public:
-    KernelStep(cpu::Kernel<Args> cpu::Kernels::* kernel, Dtype dtype, int threads, const Args& args,
-               std::vector<Place> places)
+    KernelStep(cpu::Kernel<Args> kernel, Dtype dtype, int threads, const Args& args, std::vector<Place> places)
         : kernel_(kernel), dtype_(dtype), threads_(threads), args_(args), places_(std::move(places)) {}
 
     void run(const uintptr_t* bases) const override {
@@ -41,11 +40,11 @@ class KernelStep : public Step {
             pointer += bases[place.base];
             std::memcpy(member, &pointer, sizeof pointer);
         }
-        (cpu::kernels().*kernel_)(dtype_, args, threads_);
+        kernel_(dtype_, args, threads_);
     }
 
   private:
-    cpu::Kernel<Args> cpu::Kernels::* kernel_;
+    cpu::Kernel<Args> kernel_;  // of the instruction set that was in use: packed weights have its layout
     Dtype dtype_;
     int threads_;
     Args args_;

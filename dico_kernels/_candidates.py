@@ -154,6 +154,10 @@ def _dico(block: nn.Module) -> Candidate | None:
     if len(norms) != 2:
         raise UnfitError(f"has no {CALLED}, and {len(norms)} norms {norms} where two would stand for it")
     layout = _layout(block, known | _weights(*norms))
+    for name in norms:
+        for key, p in block._modules[name]._parameters.items():  # type: ignore[union-attr]
+            if p is not None and p.numel() != c:
+                raise UnfitError(f"{name}.{key} has shape {tuple(p.shape)}, not ({c},)")
     options = {"fused_layout": layout, "fused_eps": eps, "fused_norms": tuple((name,) for name in norms)}
     return Candidate(FusedPlainDiCoBlock, c, _options(block, FusedPlainDiCoBlock, options))
 

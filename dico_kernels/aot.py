@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dico_kernels._sass import loop_spills, overwritten, serialised
-from dico_kernels.dtypes import accumulation_dtype
 
 if TYPE_CHECKING:
     from dico_kernels.kernels.common import Launch
@@ -81,104 +80,6 @@ class Result:
     error: str = ""
 
 
-def _calls(dtype: torch.dtype, n: int, c: int, size: int) -> Iterator[partial[Any]]:
-    """A call of each launcher at width c on n images of size x size."""
-    from dico_kernels.kernels import adaln, channel, depthwise, grn, pixel_shuffle, pointwise, sums, vectors
-
-    acc = accumulation_dtype(dtype)
-
-    def image(channels: int, side: int) -> torch.Tensor:
-        return torch.empty(n, channels, side, side, dtype=dtype, device="meta")
-
-    def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    x, v, vector = image(c, size), tensor(n, c), tensor(n, c, dtype=acc)
-    stat = tensor(n, size, size, dtype=acc)
-    yield partial(adaln.adaln_modulate, x, v, v, 1e-6)
-    yield partial(adaln.adaln_modulate_backward, x, x, v, stat, stat)
-    yield partial(adaln.adaln_modulate_backward_residual, x, x, x, v, v, stat, stat)
-    yield partial(adaln.gate_gradient, x, v)
-    yield partial(adaln.gated_residual, x, x, v)
-    yield partial(adaln.gated_residual_backward, x, x, v)
-    yield partial(adaln.gated_residual_adaln, x, x, v, v, v, 1e-6)
-    yield partial(adaln.gated_residual_adaln_backward, x, x, x, x, v, v, stat, stat)
-    yield partial(channel.channel_sums, x)
-    yield partial(channel.channel_dots, x, x)
-    yield partial(channel.channel_affine, x, vector)
-    yield partial(channel.channel_affine, x, vector, vector, x, vector)
-    # few images, for which these are
-    for few in (1, min(n, 64)):
-        yield partial(vectors.channel_attention, tensor(few, c, dtype=acc), size * size, tensor(c, c), tensor(c))
-        heads = [tensor(6 * c, c)] * 9, [tensor(6 * c)] * 9
-        yield partial(vectors.conditioning, tensor(few, c), *heads)
-    parts = tensor(n, 16, c, dtype=acc)
-    yield partial(vectors.channel_attention_backward, parts, vector, vector, size * size, tensor(c, c))
-    yield partial(grn.grn_scale, parts, tensor(c), 1e-6)
-    yield partial(grn.grn_rescale, vector, tensor(c), 1e-6)
-    yield partial(grn.grn_scale_backward, parts, vector, tensor(c), 1e-6)
-    # what the backward of a feed-forward half, of a convolution half, and of FCDM's block add up
-    for count in (5, 8, 9):
-        yield partial(sums.add_up, [parts] * count, dtype)
-    yield partial(pointwise.gelu, x, False)
-    yield partial(pointwise.gelu, x, True)
-    yield partial(pointwise.gelu_backward, x, x, keep=True)
-    yield partial(pointwise.gelu_backward, x, x, vector, vector)
-    # the models use 3 and 7; the tiles of the others depend on the width no more than theirs do
-    for k in (1, 3, 5, 7, 9) if c == 416 else (3, 7):
-        taps, bias = tensor(c, 1, k, k), tensor(c)
-        for gelu in (False, True):
-            yield partial(depthwise.depthwise, x, taps, bias, gelu)
-            yield partial(depthwise.depthwise_backward, x, x, taps, bias, gelu)
-    up, skip, out = image(4 * c, size), image(c, 2 * size), image(c, 2 * size)
-    weight, bias = tensor(c, 2 * c, 1, 1), tensor(c)
-    yield partial(pixel_shuffle.pixel_shuffle_skip, up, skip, weight, bias)
-    yield partial(pixel_shuffle.pixel_shuffle_skip_backward, out, up, skip, weight)
-
-
-def _products(dtype: torch.dtype, n: int, c: int, size: int) -> Iterator[partial[Any]]:
-    """The 1x1 convolutions of DiCo's and FCDM's blocks at width c."""
-    from dico_kernels.kernels import gemm
-    from dico_kernels.kernels.pointwise import pointwise
-
-    acc = torch.float64 if dtype == torch.float64 else torch.float32
-
-    def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    x, vector, weight, bias = tensor(n, c, size, size), tensor(n, c), tensor(c, c, 1, 1), tensor(c)
-    x = x.contiguous(memory_format=torch.channels_last)
-    pixels = tensor(n, size, size, dtype=acc)
-    product = partial(gemm.pointwise, x, weight)
-    branch = partial(product, bias, gate=vector, residual=x)
-    partials = gemm.Partials(tensor(-(-c // 128), 2, n * size * size, dtype=acc), 128)
-    adaln = {"modulation": gemm.Modulation(vector, tensor(n, c, dtype=acc), tensor(n, c, dtype=acc))}
-    rows = gemm.Statistics(pixels, pixels)
-    yield partial(product, **adaln, statistics=partials)
-    s = tensor(n, c, dtype=acc)
-    yield partial(branch, scale=s, partials=True)
-    yield partial(branch, scale=s)
-    if dtype != torch.bfloat16 or size * size % 64 != 0:
-        return
-    yield branch
-    yield partial(product, **adaln, statistics=partials, gelu=True, keep=True)
-    yield partial(product, **adaln, statistics=rows, gelu=True, channel="squares")
-    if size * size % 128 != 0:
-        return
-    yield partial(gemm.row_statistics, x, 1e-6)
-    yield partial(gemm.modulation_terms, weight, bias, vector, vector)
-    yield partial(product, **adaln, statistics=rows)
-    yield partial(product, **adaln, statistics=partials, gelu=True)
-    yield partial(branch, partials=True)
-    # with adaLN by itself
-    for keep in (False, True):
-        yield partial(pointwise, x, weight, bias, gelu=True, keep=keep)
-        yield partial(pointwise, x, weight, bias, gelu=True, keep=keep, squares=True)
-    yield partial(pointwise, x, weight, bias, gate=vector, residual=x)
-    yield partial(pointwise, x, weight, bias, s=s, gate=vector, residual=x)
-    yield partial(pointwise, x, weight, bias, s=s, plus=bias, gate=vector, residual=x)
-
-
 def _label(launch: Launch, dtype: torch.dtype) -> str:
     constants = [
         name if value is True else f"{name}={value}"
@@ -193,6 +94,7 @@ def _label(launch: Launch, dtype: torch.dtype) -> str:
 @cache
 def kernels() -> dict[str, Kernel]:
     """Every kernel to compile, by label: levels of DiCo and FCDM in bf16 and fp32, one in fp64, and a single pixel."""
+    from dico_kernels import _aot_calls as calls_of
     from dico_kernels.kernels.common import record
 
     found: dict[str, Kernel] = {}
@@ -214,14 +116,20 @@ def kernels() -> dict[str, Kernel]:
         for setting in ("highest", "high"):
             torch.set_float32_matmul_precision(setting)
             for dtype, n, c, size in levels:
-                add(_calls(dtype, n, c, size), dtype, 0)
+                add(calls_of.every_launcher(dtype, n, c, size), dtype, 0)
             for capability in (80, 90):
-                add(_products(torch.float32, 64, 416, 32), torch.float32, capability)
+                add(calls_of.products(torch.float32, 64, 416, 32), torch.float32, capability)
         # tiles of one sample, of two, and of any number; for GPUs without and with TMA, and for Hopper's wgmma
         for capability in (80, 90, 100):
             for n, c, size in ((64, 416, 32), (256, 1664, 8), (64, 416, 15)):
-                add(_products(torch.bfloat16, n, c, size), torch.bfloat16, capability)
-        add(_products(torch.float64, 64, 416, 32), torch.float64, 90)
+                add(calls_of.products(torch.bfloat16, n, c, size), torch.bfloat16, capability)
+        add(calls_of.products(torch.float64, 64, 416, 32), torch.float64, 90)
+        # as models call them: what every level and batch has for Hopper
+        for n in (1, 8, 64):
+            for c, size in ((128, 32), (416, 32), (832, 16), (1664, 8)):
+                add(calls_of.branches(torch.bfloat16, n, c, size), torch.bfloat16, 90)
+            for c, size in ((128, 32), (512, 32), (1024, 16), (2048, 8)):
+                add(calls_of.fcdm_branch(torch.bfloat16, n, c, size), torch.bfloat16, 90)
     finally:
         torch.set_float32_matmul_precision(precision)
     return found

@@ -65,9 +65,10 @@ def _subclass(original: type[nn.Module], mixin: type[Fused], options: tuple[tupl
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = args + tuple(kwargs[name] for name in inputs[len(args) : arity] if name in kwargs)
-        if len(given) == arity == len(args) + len(kwargs):
+        if len(given) == arity == len(args) + len(kwargs) and isinstance(self, mixin):
             return mixin.forward(self, *given)
-        return original.forward(self, *args, **kwargs)  # arguments that the fused form does not know
+        # Arguments that the fused form does not know; or a bound forward that outlived unfuse.
+        return original.forward(self, *args, **kwargs)
 
     # Code of its own: torch.compile counts recompilations by code object, and unlike classes would share one limit.
     forward.__code__ = forward.__code__.replace(co_name="forward")
@@ -270,9 +271,11 @@ def unfuse(model: Model) -> Model:
     for name, module in swapped:
         if "fused_original" not in type(module).__dict__:
             raise RuntimeError(f"{name or 'model'} was wrapped after fuse ({type(module).__name__}): unfuse before")
+    for module in model.modules():
+        if isinstance(module, Fused):
+            _set_recompute(module, False)
     for _, module in swapped:
         forget(module)
-        _set_recompute(module, False)
         module.__class__ = type(module).fused_original
     return model
 

@@ -146,6 +146,7 @@ def test_modules_of_our_own_recompute():
     x, c = torch.randn(2, 16, 8, 8, requires_grad=True), torch.randn(2, 16)
     usual = bytes_kept(block, (x, c))
     assert bytes_kept(dk.fuse(block, recompute=True), (x, c)) < usual
+    assert bytes_kept(dk.unfuse(block), (x, c)) == usual
 
 
 def test_second_derivatives_are_refused():

@@ -17,6 +17,7 @@ from dico_kernels.reference.weights import fill_
 
 STEPS = 50
 MODELS = {"DiCo": DiCo, "FCDM": FCDM}
+FLOORS = {torch.float32: 1e-6, torch.bfloat16: 1e-4}
 
 
 def losses(model, dtype, layout=torch.contiguous_format):
@@ -59,8 +60,10 @@ def deviations(name, dtype, change=lambda model: model, place="cpu"):
 @pytest.mark.parametrize("place", PLACES)
 def test_fifty_steps_follow_eager(place, name, dtype):
     spread, fused = deviations(name, dtype, place=place)
-    assert spread > 0
-    assert fused <= 10 * spread
+    if place == "cpu":
+        assert spread > 0
+    # A GPU may run the same kernels for both layouts, whose distance then says nothing.
+    assert fused <= 10 * max(spread, FLOORS[dtype] if place == "cuda" else 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

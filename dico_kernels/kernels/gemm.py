@@ -317,7 +317,8 @@ def _operands(x: Tensor, weight: Tensor, tile: PointwiseTile) -> tuple[Tensor, T
 def _tile(x: Tensor, weight: Tensor, heavy: bool) -> PointwiseTile:
     (m, k), n = x.shape, weight.shape[0]
     tile = pointwise_tile(m, n, k, x.dtype, capability(x), heavy)
-    if tile.tma and (x.data_ptr() | weight.data_ptr()) % 16 != 0:
+    row_bytes = (x.stride(0) | weight.stride(0)) * x.element_size()  # of a single row, whatever it was cut from
+    if tile.tma and (x.data_ptr() | weight.data_ptr() | row_bytes) % 16 != 0:
         return pointwise_tile(m, n, k, x.dtype, 0, heavy)
     return tile
 

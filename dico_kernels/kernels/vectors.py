@@ -158,9 +158,11 @@ def channel_attention_backward(
     return low_share @ weight, low.t() @ low_pooled, dlogits
 
 
-# Addresses of a level's weights and of its biases on their device, by the first weight: a recorded graph reads them at
-# each replay, and while it may be replayed, its weights live.
-_TABLES: MutableMapping[Tensor, dict[tuple[int, ...], tuple[Tensor, Tensor]]] = WeakIdKeyDictionary()
+# Addresses of a level's weights and of its biases on their device, by the first weight; and those that a graph has
+# recorded, which reads them at each replay: while it may be replayed, its weights live.
+_Tables = MutableMapping[Tensor, dict[tuple[int, ...], tuple[Tensor, Tensor]]]
+_TABLES: _Tables = WeakIdKeyDictionary()
+_RECORDED: _Tables = WeakIdKeyDictionary()
 _KEPT = 8  # of weights that move
 
 
@@ -170,8 +172,11 @@ def _table(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tensor,
     addresses = tuple(t.data_ptr() for t in (*weights, *biases))
     known = _TABLES.setdefault(weights[0], {})
     found = known.get(addresses)
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if capturing and found is not None:
+        _RECORDED.setdefault(weights[0], {})[addresses] = found
     if found is None:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if capturing:
             return None
         k = len(weights)
         lists = (torch.tensor(part, dtype=torch.int64, device="cpu") for part in (addresses[:k], addresses[k:]))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from dico_kernels import ops
-from dico_kernels.nn._state import CONVOLUTION_SETTINGS, OTHER_SETTINGS, forget, remember, unchanged
+from dico_kernels.nn._state import CONVOLUTION_SETTINGS, OTHER_SETTINGS, forget, own_settings, remember, unchanged
 from dico_kernels.ops._checks import DTYPES
 from dico_kernels.reference import functional
 
@@ -21,10 +21,17 @@ Layout = tuple[tuple[tuple[str, ...], type[nn.Module], tuple[Any, ...]], ...]
 _PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)
 
 
-def settings(layer: nn.Module) -> tuple[Any, ...]:
-    """What another layer of the same type could do differently."""
+def settings(layer: nn.Module) -> tuple[tuple[str, Any], ...]:
+    """What another layer of the same type could do differently, by name."""
     names = CONVOLUTION_SETTINGS if isinstance(layer, nn.Conv2d) else OTHER_SETTINGS
-    return tuple(getattr(layer, name, None) for name in names)
+    found = {name: getattr(layer, name) for name in names if hasattr(layer, name)}
+    found.update((name, layer.__dict__[name]) for name in own_settings(layer))
+    return tuple(found.items())
+
+
+def plain_convolution(kernel: int) -> tuple[tuple[str, Any], ...]:
+    """The settings of an nn.Conv2d that keeps the image's size."""
+    return tuple(zip(CONVOLUTION_SETTINGS, ((kernel,) * 2, (1, 1), (kernel // 2,) * 2, (1, 1), "zeros"), strict=True))
 
 
 def hooked(module: nn.Module) -> str | None:
@@ -97,8 +104,10 @@ class Fused(nn.Module):
             inside = sum(other[:-1] == path for other, *_ in self.fused_layout)
             if len(layer._modules) != inside:
                 return f"{name} now has {len(layer._modules)} layers in it, and had {inside}"
-            if settings(layer) != wanted:
-                return f"{name} now has {settings(layer)}, and had {wanted}"
+            if (now := settings(layer)) != wanted:
+                was, of = dict(wanted), dict(now)
+                changed = [key for key in {**was, **of} if of.get(key) != was.get(key)]
+                return "; ".join(f"{name}.{key} is now {of.get(key)!r}, and was {was.get(key)!r}" for key in changed)
             if reason := hooked(layer):
                 return f"{name} {reason}"
             if not sharded and (reason := unreadable(layer)):
@@ -136,6 +145,14 @@ def choose(library: ModuleType | None, x: Tensor) -> ModuleType:
         return library
     accepted = x.ndim == 4 and type(x) in _PLAIN_TENSORS and x.dtype in DTYPES
     return ops if accepted else functional
+
+
+def paired(x: Tensor, conditioning: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as x * conditioning would take them: of one dtype, and one image repeated for many conditions."""
+    x, conditioning = promoted(x, conditioning)
+    if x.ndim == 4 and conditioning.ndim == 2 and x.shape[0] == 1 and conditioning.shape[0] != 1:
+        x = x.expand(conditioning.shape[0], -1, -1, -1)
+    return x, conditioning
 
 
 def promoted(x: Tensor, conditioning: Tensor) -> tuple[Tensor, Tensor]:

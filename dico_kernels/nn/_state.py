@@ -30,6 +30,7 @@ _ENABLED = on_or_off(VARIABLE, True)
 # Attributes in which another layer of the same type could do something else: of convolutions, and of the others.
 CONVOLUTION_SETTINGS = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
 OTHER_SETTINGS = ("eps", "approximate", "p")
+_EVERY_MODULE = frozenset(nn.Module().__dict__)
 _version = attrgetter("_version")
 _hooks = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Kinds of inputs that a module keeps recordings for.
@@ -83,7 +84,7 @@ class _State:
         self._layers = []
         for path, layer in layers:
             held = layer.__dict__
-            names = [n for n in CONVOLUTION_SETTINGS + OTHER_SETTINGS if n in held]
+            names = [*(n for n in CONVOLUTION_SETTINGS + OTHER_SETTINGS if n in held), *own_settings(layer)]
             read: Callable[[Any], Any] = itemgetter(*names) if names else len
             self._layers.append((path, ref(layer), type(layer), len(held), len(layer._modules), read, read(held)))
         self._types = [*map(type, _parameters(module, [layer for _, layer in layers]))]
@@ -109,6 +110,20 @@ class _State:
             layers.append(layer)
         found = _parameters(module, layers)
         return [p for p in found if p is not None] if [*map(type, found)] == self._types else None
+
+
+def own_settings(layer: nn.Module) -> tuple[str, ...]:
+    """Names of the settings that a layer of a class which is not PyTorch's has: whatever its forward might read."""
+    if type(layer).__module__.partition(".")[0] == "torch":
+        return ()
+    held = layer.__dict__.items()
+    return tuple(sorted(n for n, v in held if n not in _EVERY_MODULE and n[0] != "_" and _is_plain(v)))
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, (bool, int, float, str, type(None))) or (
+        isinstance(value, tuple) and all(map(_is_plain, value))
+    )
 
 
 def _parameters(module: nn.Module, layers: Sequence[nn.Module]) -> list[Tensor | None]:
@@ -225,4 +240,4 @@ def _replay(module: nn.Module, recording: Recording, *inputs: Tensor) -> Tensor:
         return recording.replay(*inputs)
 
 
-__all__ = ["CONVOLUTION_SETTINGS", "OTHER_SETTINGS", "forget", "recorded", "remember", "unchanged"]
+__all__ = ["CONVOLUTION_SETTINGS", "OTHER_SETTINGS", "forget", "own_settings", "recorded", "remember", "unchanged"]

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from dico_kernels.nn._fused import Fused, choose, hooked, promoted, unreadable
+from dico_kernels.nn._fused import Fused, choose, hooked, paired, unreadable
 from dico_kernels.ops.conditioning import at_once, conditioning
 from dico_kernels.reference import dico, fcdm
 from dico_kernels.reference.embed import silu_linear
@@ -130,7 +130,7 @@ class FusedFinalLayer(Fused):
     def compute(self, library: ModuleType | None, *inputs: Any) -> Tensor:
         """See Fused."""
         x, c = inputs
-        x, conditioning = promoted(x, self.adaLN_modulation(c))
+        x, conditioning = paired(x, self.adaLN_modulation(c))
         shift, scale = conditioning.chunk(2, dim=1)
         h = choose(library, x).adaln_modulate(x, shift, scale, self.fused_eps)
         y: Tensor = self.get_submodule(self.fused_output)(h)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from dico_kernels.nn._fused import Fused, Layout, choose, find, promoted, recomputing
+from dico_kernels.nn._fused import Fused, Layout, choose, find, paired, plain_convolution, recomputing
 from dico_kernels.nn._state import recorded
 from dico_kernels.nn.adaln import modulation
 from dico_kernels.nn.grn import affine
@@ -16,11 +16,11 @@ from dico_kernels.reference.functional import GRN_EPS, LN_EPS
 
 
 def _plain(kind: type[nn.Module], *path: str) -> Layout:
-    return ((path, kind, (None, None, None)),)
+    return ((path, kind, ()),)
 
 
 def _convolution(kernel: int, *path: str) -> Layout:
-    return ((path, nn.Conv2d, ((kernel,) * 2, (1, 1), (kernel // 2,) * 2, (1, 1), "zeros")),)
+    return ((path, nn.Conv2d, plain_convolution(kernel)),)
 
 
 class FusedDiCoBlock(Fused):
@@ -60,13 +60,13 @@ class FusedDiCoBlock(Fused):
             return super().forward(x, c)
         if getattr(self.compute, "__func__", None) is not FusedDiCoBlock.compute:
             return self.compute(None, x, c)
-        given = promoted(x, modulation(self.adaLN_modulation, c))
+        given = paired(x, modulation(self.adaLN_modulation, c))
         return recorded(self, weights, self.fused_eps, self._fused_branches, *given)
 
     def compute(self, library: ModuleType | None, *inputs: Any) -> Tensor:
         """See Fused."""
         x, c = inputs
-        return self._fused_branches(*promoted(x, modulation(self.adaLN_modulation, c)), library)
+        return self._fused_branches(*paired(x, modulation(self.adaLN_modulation, c)), library)
 
     def _fused_branches(self, x: Tensor, conditioning: Tensor, library: ModuleType | None = None) -> Tensor:
         f = choose(library, x)
@@ -88,11 +88,12 @@ def _behind_affine(norm: Any, conv: nn.Conv2d) -> tuple[Tensor, Tensor | None]:
     Folding it into adaLN as a scale of weight - 1 would lose a small weight's digits.
     """
     matrix, bias = conv.weight.flatten(1), conv.bias
-    if norm.bias is not None:
-        through = (matrix * norm.bias).sum(1)
+    factor, plus = (norm._parameters.get(name) for name in ("weight", "bias"))
+    if plus is not None:
+        through = (matrix * plus.flatten()).sum(1)
         bias = through if bias is None else through + bias
-    if norm.weight is not None:
-        matrix = matrix * norm.weight
+    if factor is not None:
+        matrix = matrix * factor.flatten()
     return matrix[:, :, None, None].to(conv.weight.dtype), None if bias is None else bias.to(conv.weight.dtype)
 
 
@@ -175,13 +176,13 @@ class FusedFCDMBlock(Fused):
             return super().forward(x, c)
         if getattr(self.compute, "__func__", None) is not FusedFCDMBlock.compute:
             return self.compute(None, x, c)
-        given = promoted(x, modulation(self.adaLN_modulation, c))
+        given = paired(x, modulation(self.adaLN_modulation, c))
         return recorded(self, weights, (self.fused_eps, self.fused_affine), self._fused_branch, *given)
 
     def compute(self, library: ModuleType | None, *inputs: Any) -> Tensor:
         """See Fused."""
         x, c = inputs
-        return self._fused_branch(*promoted(x, modulation(self.adaLN_modulation, c)), library)
+        return self._fused_branch(*paired(x, modulation(self.adaLN_modulation, c)), library)
 
     def _fused_branch(self, x: Tensor, conditioning: Tensor, library: ModuleType | None = None) -> Tensor:
         f = choose(library, x)

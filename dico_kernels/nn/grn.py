@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dico_kernels.nn._fused import Fused, choose, promoted
+from dico_kernels.ops._library import autocasting
 from dico_kernels.reference import fcdm
 from dico_kernels.reference.functional import GRN_EPS
 
@@ -53,7 +54,7 @@ class FusedGlobalResponseNorm(Fused):
         if x.ndim != 4:
             return cast(Tensor, super().forward(x))
         f = choose(library, x)
-        if not torch.is_autocast_enabled(x.device.type):
+        if not autocasting(x):
             x, gamma = promoted(x, gamma)
             x, beta = promoted(x, beta)
             gamma = gamma.to(x.dtype)

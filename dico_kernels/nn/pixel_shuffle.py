@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from dico_kernels import ops
-from dico_kernels.nn._fused import Fused, hooked, settings, unreadable
+from dico_kernels.nn._fused import Fused, hooked, plain_convolution, settings, unreadable
 from dico_kernels.nn.adaln import conditioned
+from dico_kernels.ops._library import autocasting
 from dico_kernels.reference import base
-
-_POINTWISE = ((1, 1), (1, 1), (0, 0), (1, 1), "zeros")  # a 1x1 convolution's settings
 
 
 class Downsample(nn.Sequential):
@@ -99,7 +98,7 @@ def separable(up: nn.Module, reduce: nn.Module) -> bool:
     if type(pair) is not nn.Sequential or len(pair) != 2:
         return False
     # pack() makes a class of its own of what it finds by itself
-    if getattr(type(reduce), "plain_class", type(reduce)) is not nn.Conv2d or settings(reduce) != _POINTWISE:
+    if getattr(type(reduce), "plain_class", type(reduce)) is not nn.Conv2d or settings(reduce) != plain_convolution(1):
         return False
     shuffle = pair[1]
     if type(shuffle) is not nn.PixelShuffle or shuffle.upscale_factor != 2:
@@ -111,7 +110,7 @@ def joined(up: nn.Module, reduce: nn.Conv2d, x: Tensor, skip: Tensor) -> Tensor:
     """1x1 of cat[up(x), skip] as one op behind up's convolution; ``up`` as reference.base.upsample makes it."""
     conv = up[0][0]  # type: ignore[index]
     y = conv(x)
-    if skip.dtype != y.dtype and not torch.is_autocast_enabled(x.device.type):
+    if skip.dtype != y.dtype and not autocasting(x):
         dtype = torch.promote_types(y.dtype, skip.dtype)  # as torch.cat does
         y, skip = y.to(dtype), skip.to(dtype)
     return ops.pixel_shuffle_skip(y, skip, reduce.weight, reduce.bias)

@@ -44,7 +44,8 @@ def register(
         backward: gradient formula; called only if an output has a gradient, the others' are None.
         autocast: "activation": every floating tensor follows the first one's dtype, as torch's promoting elementwise
             ops do; "lower": all are cast to autocast's dtype, as its matrix products are; "branch": all but the first
-            are, the residual stream, which keeps its own; None: not differentiated through, so never met.
+            are, the residual stream, which keeps its own; None: nothing is, as in a backward pass, whose tensors have
+            their dtypes, and autocast is kept from the products inside.
     """
     name = schema.split("(")[0]
     qualified = f"{NAMESPACE}::{name}"
@@ -59,9 +60,8 @@ def register(
     torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIB)
     torch.library.register_vmap(qualified, _refuse_vmap(name), lib=_LIB)
     op: Op = getattr(torch.ops.dico_kernels, name).default
-    if autocast is not None:
-        for device, key in _AUTOCAST_KEYS.items():
-            _LIB.impl(name, _autocast(op, device, key, autocast), key)
+    for device, key in _AUTOCAST_KEYS.items():
+        _LIB.impl(name, _autocast(op, device, key, autocast), key)
     # In the kernel, too: torch.func.jvp strips tangents before the kernel, a caller of torch.ops skips this one.
     checked = _refuse_forward_mode(name, op)
 
@@ -83,15 +83,23 @@ def only_numbers(x: Any, *more: Any) -> bool:
         return False
     if torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > int(is_recording()):
         return False
+    return not autocasting(x)
+
+
+def autocasting(x: Tensor) -> bool:
+    """Whether autocast is on for x's kind of device."""
     device = x.device.type
-    return not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device))
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-def _autocast(op: Op, device: str, key: str, policy: str) -> Op:
+def _autocast(op: Op, device: str, key: str, policy: str | None) -> Op:
     """torch.library.register_autocast fixes one dtype; this one asks what autocast's is at the call."""
     excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def call(*args: Any) -> Any:
+        if policy is None:
+            with torch._C._ExcludeDispatchKeyGuard(excluded):
+                return op(*args)
         first: Tensor = args[0]
         dtype = first.dtype if policy == "activation" else torch.get_autocast_dtype(device)
         if not first.is_floating_point() or first.dtype == torch.float64:

@@ -156,7 +156,8 @@ def _conv_backward(
     if x.shape[0] == 0:
         return zeroed(_conv_gradients(x, shift, scale, gate, w1, dw, wa, w2))
     x, dw, m1, m2 = check.channels_last(x), dw.contiguous(), check.matrix(w1), check.matrix(w2)
-    gate = gate.contiguous()
+    # What was saved may have been away: torch.autograd.graph.save_on_cpu(pin_memory=True) brings it back in NCHW.
+    y1, gate = check.channels_last(y1), gate.contiguous()
     dbranch, dy_narrow, sums, db2 = select("gate_gradient", x)(check.channels_last(dy), gate)
     y2 = select("depthwise", x)(y1, dw, check.dense(db), True)
     dinner = pw.from_rows(pw.input_gradient(pw.rows(dbranch), m2), x)
@@ -347,6 +348,7 @@ def _ffn_backward(
     shift, scale = check.dense_rows(shift), check.dense_rows(scale)
     if h.ndim == 1:
         h = pw.product(x, w1, b1, frozen=False, shift=shift, scale=scale, eps=eps).y
+    h = check.channels_last(h)
     gate = gate.contiguous()
     dbranch, dy_narrow, sums, db2 = select("gate_gradient", x)(dy, gate)
     dhidden = pw.from_rows(pw.input_gradient(pw.rows(dbranch), m2), x)
@@ -385,7 +387,8 @@ _FFN_BACKWARD = register(
 
 
 def _ffn_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, eps, _, _ = inputs
+    *tensors, eps, _, recompute = inputs
+    tensors[5] = tensors[5] if recompute else None
     saved = output[1:]
     ctx.mark_non_differentiable(*saved)
     ctx.eps = eps
@@ -442,7 +445,8 @@ def ffn_half(
         ValueError: a wrong shape, dtype or device, naming the argument.
     """
     args = (x, shift, scale, gate, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    y: Tensor = _FFN_HALF(*args, eps, to_save(*args), recompute)[0]
+    save = to_save(*args)
+    y: Tensor = _FFN_HALF(*args, eps, save, recompute and save)[0]
     return y
 
 

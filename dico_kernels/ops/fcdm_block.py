@@ -110,6 +110,7 @@ def _backward(
     m1, m2 = check.matrix(w1), check.matrix(w2)
     if h.ndim == 1:
         h = _hidden(x, shift, scale, dw, db, w1, b1, ln_eps).y
+    h = check.channels_last(h)
     narrow_x = x.to(w1.dtype)
     s = scale_of(norm, gamma, grn_eps)
     gate = gate.contiguous()
@@ -167,7 +168,8 @@ _BACKWARD = register(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ln_eps, grn_eps, _, _ = inputs
+    *tensors, ln_eps, grn_eps, _, recompute = inputs
+    tensors[7] = tensors[7] if recompute else None
     saved = output[1:]
     ctx.mark_non_differentiable(*saved)
     ctx.eps = ln_eps, grn_eps
@@ -237,7 +239,8 @@ def fcdm_block(
     args = (
         x, shift, scale, gate, dw_weight, dw_bias, pw1_weight, pw1_bias, gamma, beta, pw2_weight, pw2_bias
     )  # fmt: skip
-    y: Tensor = _FCDM_BLOCK(*args, ln_eps, grn_eps, to_save(*args), recompute)[0]
+    save = to_save(*args)
+    y: Tensor = _FCDM_BLOCK(*args, ln_eps, grn_eps, save, recompute and save)[0]
     return y
 
 

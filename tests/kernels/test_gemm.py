@@ -274,13 +274,19 @@ class TestConfigurations:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: the interpreter has nothing in flight")
 @pytest.mark.parametrize("prologue", ["none", "scale", "norm"])
-def test_no_step_overwrites_what_another_still_reads(prologue, device):
-    """Of a product of many steps in many programs. Small integers: exact in any order, so that one wrong bit shows."""
+@pytest.mark.parametrize(("n", "side", "fill"), [(64, 32, 0), (64, 8, 0), (1, 32, 128)])
+def test_no_step_overwrites_what_another_still_reads(prologue, n, side, fill, device, monkeypatch):
+    """Of a product of many steps in many programs. Small integers: exact in any order, so that one wrong bit shows.
+
+    In tiles of one sample, of two, and in the small ones of a small batch.
+    """
+    monkeypatch.setattr(tiles, "_FILL", fill)
+    tiles.pointwise_tile.cache_clear()
 
     def integers(low, high, *shape):
         return torch.randint(low, high + 1, shape, device=device).to(torch.bfloat16)
 
-    n, k, outputs, side = 64, 416, 256, 32
+    k, outputs = 416, 256
     x = integers(-2, 2, n, k, side, side).contiguous(memory_format=torch.channels_last)
     weight, s = integers(-1, 1, outputs, k), integers(1, 2, n, k)
     scaled = x if prologue == "none" else x * s[:, :, None, None]

@@ -80,6 +80,16 @@ def test_weights_are_read_where_they_lie():
 
 
 @torch.inference_mode()
+def test_replays_on_the_instruction_set_it_was_recorded_on(isa):
+    """Weights that were packed for one are garbage to another."""
+    chain, x, gate = Chain(), image(), torch.randn(2, 60)
+    y, recording = record(chain, (x, gate), chain.weights)
+    for other in native.isas():
+        with native.isa(other):
+            assert torch.equal(replayed(recording, x, gate), y)
+
+
+@torch.inference_mode()
 def test_memory_is_used_again():
     chain, x, gate = Chain(), image(), torch.randn(2, 60)
     _, recording = record(chain, (x, gate), chain.weights)

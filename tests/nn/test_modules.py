@@ -223,3 +223,8 @@ def test_grn_promotes_as_pytorch_does(layout, dtypes):
     assert y.dtype == torch.float32
     wide = copy.deepcopy(module).double()
     assert rel_rms(y, wide(x.to(dtypes[0]).double())) < 1e-6
+
+
+def test_grn_without_data():
+    y = dk.nn.GlobalResponseNorm(8).to("meta")(torch.empty(2, 8, 4, 4, device="meta"))
+    assert (y.shape, y.device.type) == ((2, 8, 4, 4), "meta")
