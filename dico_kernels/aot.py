@@ -8,6 +8,7 @@ than the budget is a failure, and so is an address computed in 32 bits (N * H * 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dico_kernels._sass import loop_spills, overwritten, serialised
+from dico_kernels.reference import dico, fcdm
 
 if TYPE_CHECKING:
     from dico_kernels.kernels.common import Launch
@@ -124,12 +126,11 @@ def kernels() -> dict[str, Kernel]:
             for n, c, size in ((64, 416, 32), (256, 1664, 8), (64, 416, 15)):
                 add(calls_of.products(torch.bfloat16, n, c, size), torch.bfloat16, capability)
         add(calls_of.products(torch.float64, 64, 416, 32), torch.float64, 90)
-        # as models call them: what every level and batch has for Hopper
-        for n in (1, 8, 64):
-            for c, size in ((128, 32), (416, 32), (832, 16), (1664, 8)):
-                add(calls_of.branches(torch.bfloat16, n, c, size), torch.bfloat16, 90)
-            for c, size in ((128, 32), (512, 32), (1024, 16), (2048, 8)):
-                add(calls_of.fcdm_branch(torch.bfloat16, n, c, size), torch.bfloat16, 90)
+        # as models call them for Hopper: every level of the published ones, for images of 256 and of 512 pixels
+        for calls, variants in ((calls_of.branches, dico.VARIANTS), (calls_of.fcdm_branch, fcdm.VARIANTS)):
+            widths = {config["hidden_size"] for config in variants.values()}
+            for n, side, level, c in itertools.product((1 << i for i in range(9)), (32, 64), range(3), sorted(widths)):
+                add(calls(torch.bfloat16, n, c << level, side >> level), torch.bfloat16, 90)
     finally:
         torch.set_float32_matmul_precision(precision)
     return found
