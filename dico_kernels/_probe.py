@@ -39,10 +39,12 @@ class Proof:
     Attributes:
         figure: the largest relative error (rms) of any output or gradient; NaN where the forward did not run.
         where: what had it, or the exception.
+        checkpoints: whether the own forward keeps no activation for backward, but its input.
     """
 
     figure: float
     where: str
+    checkpoints: bool = False
 
     @property
     def holds(self) -> bool:
@@ -152,14 +154,19 @@ def _foreign() -> Iterator[None]:
 
 
 def _compare(
-    module: nn.Module, candidate: Candidate, fused: type[Fused], training: bool, dtype: torch.dtype
+    module: nn.Module, candidate: Candidate, fused: type[Fused], training: bool, dtype: torch.dtype, kept: list[Tensor]
 ) -> Iterator[tuple[str, float]]:
-    """Each thing compared, with its error; gradients in training mode."""
+    """Each thing compared, with its error; gradients in training mode. Adds what the own forward keeps for these."""
     numbers = _Numbers(dtype)
     x, base = (v.requires_grad_() for v in _case(candidate, training, numbers))
     shadow = _shadow(module, numbers, training, _Modulation(base, 0.5 if training else 0.0))
     inputs = (x, numbers(x.shape[0], _conditioning_width(module, candidate))) if candidate.chunks else (x,)
-    with _foreign():
+
+    def keep(t: Tensor) -> Tensor:
+        kept.append(t)
+        return t
+
+    with _foreign(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         own = original_class(module).forward(shadow, *inputs)
         if not isinstance(own, Tensor) or not own.requires_grad:
             raise TypeError(f"it returns {type(own).__name__}, without a gradient")
@@ -167,6 +174,8 @@ def _compare(
     with _foreign():  # ours, of whatever the module holds
         expected = fused.compute(shadow, functional, *inputs)  # type: ignore[arg-type]
     through = x.detach() if candidate.residual and own.shape == x.shape else 0
+    given = {t.untyped_storage().data_ptr() for t in (x, *(p for _, p in _named(shadow)))}
+    kept[:] = [t for t in kept if t.numel() >= x.numel() and t.untyped_storage().data_ptr() not in given]
     mode = "hard weights" if training else "tiny inputs"
     yield f"the output ({mode})", _error(own - through, expected - through)
     if not training or own.shape != expected.shape:
@@ -226,9 +235,11 @@ def _run(module: nn.Module, candidate: Candidate, fused: type[Fused], modes: tup
             found = Proof(0.0, "nothing")
             try:
                 for training in modes:
-                    for where, error in _compare(module, candidate, fused, training, dtype):
+                    kept: list[Tensor] = []
+                    for where, error in _compare(module, candidate, fused, training, dtype, kept):
                         if not error <= found.figure:
-                            found = Proof(error, where)
+                            found = replace(found, figure=error, where=where)
+                    found = replace(found, checkpoints=found.checkpoints or (training and not kept))
                 break
             except _ForeignError as error:
                 found = Proof(math.nan, str(error))
@@ -287,5 +298,5 @@ def prove(module: nn.Module, candidate: Candidate, fused: type[Fused]) -> Proof:
         return full
     exact = (*key, candidate.channels)
     if exact not in known:
-        known[exact] = _run(module, candidate, fused, (False,))
+        known[exact] = replace(_run(module, candidate, fused, (False,)), checkpoints=full.checkpoints)
     return known[exact]

@@ -61,8 +61,8 @@ class Explanation(list[Row]):
 def _state(v: Verdict) -> tuple[str, str, str]:
     """A verdict in words: its form, the probe's figure and why it is not fused."""
     figure = "-" if v.figure is None else f"{v.figure:.0e}"
-    form = f"{v.family}, {'fused' if v.fused else 'unfused'}{', recomputing' * v.recomputes}"
-    return form, figure, v.reason
+    how = ", recomputing" * v.recomputes + ", checkpointing" * v.checkpoints
+    return f"{v.family}, {'fused' if v.fused else 'unfused'}{how}", figure, v.reason
 
 
 def _lines(state: tuple[str, str, str], rows: list[Row]) -> list[tuple[str, ...]]:

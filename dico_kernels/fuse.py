@@ -6,6 +6,7 @@ same object holds the same parameters under the same keys, ``isinstance`` holds,
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import sys
@@ -15,7 +16,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from dico_kernels._candidates import UnfitError, nominate
 from dico_kernels._probe import TOLERANCE, Proof, prove
@@ -37,6 +40,7 @@ class Verdict:
         figure: the probe's largest relative error, None where structure decided.
         fits: whether fuse() would fuse it, or has.
         recomputes: whether it was fused with ``recompute``.
+        checkpoints: whether it is checkpointed in training, as its own forward was.
     """
 
     module: str
@@ -46,6 +50,7 @@ class Verdict:
     figure: float | None
     fits: bool
     recomputes: bool = False
+    checkpoints: bool = False
 
 
 _CLASSES: dict[tuple[Any, ...], type[Fused]] = {}
@@ -61,11 +66,13 @@ def fused_class(original: type[nn.Module], mixin: type[Fused], options: tuple[tu
 
 def _subclass(original: type[nn.Module], mixin: type[Fused], options: tuple[tuple[str, Any], ...]) -> type[Fused]:
     inputs: tuple[str, ...] = dict(options)["fused_inputs"]
-    arity = mixin.fused_arity
+    arity, checkpoints = mixin.fused_arity, dict(options).get("fused_checkpoints", False)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = args + tuple(kwargs[name] for name in inputs[len(args) : arity] if name in kwargs)
         if len(given) == arity == len(args) + len(kwargs) and isinstance(self, mixin):
+            if checkpoints and self.training and torch.is_grad_enabled():
+                return checkpoint(functools.partial(mixin.forward, self), *given, use_reentrant=False)
             return mixin.forward(self, *given)
         # Arguments that the fused form does not know; or a bound forward that outlived unfuse.
         return original.forward(self, *args, **kwargs)
@@ -133,8 +140,8 @@ def _judge(module: nn.Module, sharded: bool) -> tuple[Verdict, type[nn.Module] |
     """What to make of a module, and the class to give it; None where it is no candidate."""
     if isinstance(module, Fused):
         reason = module.why_unfused(sharded)
-        fused, recomputes = reason is None, bool(module.fused_recompute)
-        return Verdict("", module.fused_family, fused, reason or "", _figure(module), True, recomputes), None
+        how = bool(module.fused_recompute), module.fused_checkpoints
+        return Verdict("", module.fused_family, reason is None, reason or "", _figure(module), True, *how), None
     figure: float | None = None
     try:
         candidate = nominate(module)
@@ -149,6 +156,9 @@ def _judge(module: nn.Module, sharded: bool) -> tuple[Verdict, type[nn.Module] |
         family, reason = type(module).__name__, f"its class cannot be extended ({error})"
     else:
         if proof.holds:
+            if proof.checkpoints:
+                options = dict(candidate.options) | {"fused_checkpoints": True}
+                cls = fused_class(type(module), candidate.mixin, tuple(sorted(options.items())))
             return Verdict("", family, False, "not fused yet: call dico_kernels.fuse", figure, True), cls
         if math.isnan(proof.figure):
             reason = f"the probe could not run it: {proof.where}"

@@ -141,6 +141,30 @@ def test_recompute_compiles_in_one_graph():
         assert rel_rms(value, expected[key.removeprefix("_orig_mod.")]) < 1e-5 or value.norm() < 1e-9, key
 
 
+class CheckpointsItself(Block):
+    def forward(self, hidden, cond):
+        if self.training:
+            return checkpoint(super().forward, hidden, cond, use_reentrant=False)
+        return super().forward(hidden, cond)
+
+
+def test_a_forward_that_checkpoints_itself():
+    """Fused it keeps no more than it did."""
+    block = fill_(CheckpointsItself(16)).train()
+    x, c = torch.randn(2, 16, 8, 8, requires_grad=True), torch.randn(2, 16)
+    expected, own = results(block, (x, c)), bytes_kept(block, (x, c))
+    plain = bytes_kept(dk.fuse(fill_(Block(16))), (x, c))
+    dk.fuse(nn.ModuleList([block, CheckpointsItself(32)]))
+    assert "fused, checkpointing" in str(dk.explain(block))
+    assert bytes_kept(block, (x, c)) <= own < plain
+    for key, value in results(block, (x, c)).items():
+        assert rel_rms(value, expected[key]) < 1e-5, key
+    twin = pickle.loads(pickle.dumps(block))
+    assert bytes_kept(twin, (x, c)) <= own
+    assert bytes_kept(block.eval(), (x, c)) == plain
+    assert "checkpointing" not in str(dk.explain(dk.fuse(Block(16))))
+
+
 def test_modules_of_our_own_recompute():
     block = fill_(dk.nn.FCDMBlock(16))
     x, c = torch.randn(2, 16, 8, 8, requires_grad=True), torch.randn(2, 16)

@@ -253,6 +253,12 @@ BUGS["recompute left behind by unfuse"] = (
     "            pass\n",
     "tests/test_fuse_runs.py -k ends_with_unfuse",
 )
+BUGS["a forward that checkpoints itself, fused without"] = (
+    "_probe.py",
+    "or (training and not kept)",
+    "",
+    "tests/test_fuse_runs.py -k checkpoints_itself",
+)
 BETWEEN = "tests/ops/test_between_passes.py"
 BUGS |= {
     "what was saved, taken in whatever layout it comes back": (

@@ -78,6 +78,7 @@ class Fused(nn.Module):
         fused_products: names of the 1x1 convolutions whose weights are multiplied as they are, which pack() packs.
         fused_recompute: whether a training step keeps less and computes that anew in backward, fuse's ``recompute``;
             None where there is nothing to choose.
+        fused_checkpoints: whether the forward that fuse() replaced checkpoints itself in training; then this one does.
         fused_original: the class that fuse() replaced; None for a class of ``dico_kernels.nn``.
     """
 
@@ -88,6 +89,7 @@ class Fused(nn.Module):
     fused_joined: ClassVar[tuple[str, ...]] = ()
     fused_products: ClassVar[tuple[str, ...]] = ()
     fused_recompute: bool | None = None
+    fused_checkpoints: ClassVar[bool] = False
 
     def why_unfused(self, sharded: bool = False) -> str | None:
         """Why the unfused forward runs at present, or None.
