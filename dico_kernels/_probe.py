@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from dico_kernels._candidates import CALLED, Candidate, original_class
 from dico_kernels.nn._fused import Fused
+from dico_kernels.nn._state import EVERY_MODULE
 from dico_kernels.reference import functional
 
 # A forward may compute parts in float32, and wide ones are run in it. A tanh GELU is off by 1e-4 and more.
@@ -39,7 +40,7 @@ class Proof:
     Attributes:
         figure: the largest relative error (rms) of any output or gradient; NaN where the forward did not run.
         where: what had it, or the exception.
-        checkpoints: whether the own forward keeps no activation for backward, but its input.
+        checkpoints: whether the own forward, a block's, keeps hardly anything for backward, because it checkpoints.
     """
 
     figure: float
@@ -175,7 +176,7 @@ def _compare(
         expected = fused.compute(shadow, functional, *inputs)  # type: ignore[arg-type]
     through = x.detach() if candidate.residual and own.shape == x.shape else 0
     given = {t.untyped_storage().data_ptr() for t in (x, *(p for _, p in _named(shadow)))}
-    kept[:] = [t for t in kept if t.numel() >= x.numel() and t.untyped_storage().data_ptr() not in given]
+    kept[:] = {t.untyped_storage().data_ptr(): t for t in kept if t.untyped_storage().data_ptr() not in given}.values()
     mode = "hard weights" if training else "tiny inputs"
     yield f"the output ({mode})", _error(own - through, expected - through)
     if not training or own.shape != expected.shape:
@@ -239,7 +240,9 @@ def _run(module: nn.Module, candidate: Candidate, fused: type[Fused], modes: tup
                     for where, error in _compare(module, candidate, fused, training, dtype, kept):
                         if not error <= found.figure:
                             found = replace(found, figure=error, where=where)
-                    found = replace(found, checkpoints=found.checkpoints or (training and not kept))
+                    if training and candidate.residual:  # a block: it keeps many images, or one at most
+                        image = math.prod(_case(candidate, training, _Numbers(dtype))[0].shape)
+                        found = replace(found, checkpoints=sum(t.numel() for t in kept) <= image)
                 break
             except _ForeignError as error:
                 found = Proof(math.nan, str(error))
@@ -262,14 +265,13 @@ def _settings(module: nn.Module, channels: int, path: str = "") -> Iterator[Any]
     for name, p in module._parameters.items():
         yield name, None if p is None else _relative(tuple(p.shape), channels)
     for name, value in module.__dict__.items():
-        if name not in _EVERY_MODULE:
+        if name not in EVERY_MODULE:
             yield name, _relative(value, channels)
     for name, child in module._modules.items():
         if child is not None and (path or name != CALLED):
             yield from _settings(child, channels, f"{path}.{name}")
 
 
-_EVERY_MODULE = frozenset(nn.Module().__dict__)
 _PROOFS: weakref.WeakKeyDictionary[type, dict[Any, Proof]] = weakref.WeakKeyDictionary()
 
 

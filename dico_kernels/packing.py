@@ -18,6 +18,7 @@ from dico_kernels._linear import linear
 from dico_kernels._packed import ONEDNN, forget, keep, packed
 from dico_kernels.nn import _state
 from dico_kernels.nn._fused import Fused
+from dico_kernels.nn.pixel_shuffle import SkipUpsample, separable
 from dico_kernels.ops._backends import multiplies_natively
 from dico_kernels.ops._library import only_numbers
 
@@ -106,6 +107,9 @@ def _pack_all(module: nn.Module, seen: set[int]) -> Iterator[bool]:
             layer = module._modules.get(name)
             if type(layer) is nn.Conv2d and layer.kernel_size == (1, 1):
                 yield _keep_product(layer.weight)
+    if isinstance(module, SkipUpsample) and separable(module.up, module.reduce):
+        skipped = {"reduce"}  # an op reads its weight, and its class says that it may
+        yield _keep_product(module.reduce.weight)
     yield _pack_layer(module)
     for name, child in module._modules.items():
         if child is not None and name not in skipped:

@@ -385,6 +385,41 @@ def test_a_setting_of_somebodys_own_layer_changed_after_fuse():
     assert dk.explain(block).modules[0].reason == "drop_path.drop_prob is now 1.0, and was 0.0"
 
 
+def test_labels_on_inner_layers_change_nothing():
+    """As tools that name or count modules leave them, before fuse and after."""
+
+    def label(model, prefix):
+        for i, (name, m) in enumerate(model.named_modules()):
+            m.layer_name, m.layer_index = prefix + name, i
+
+    model = nn.Sequential(Unconditioned(C), Unconditioned(C))
+    dk.fuse(model)
+    label(model, "new.")
+    assert [v.fused for v in dk.explain(model).modules] == [True, True]
+    blocks = nn.Sequential(Unconditioned(C), Unconditioned(C))
+    for name, m in blocks.named_modules():
+        m.layer_name = name
+    first, second = dk.fuse(blocks)
+    assert type(first) is type(second)
+
+
+@pytest.mark.parametrize("now", [torch.ones(C), [2], None])
+def test_a_setting_that_is_no_number_any_more(now):
+    block = Block(C)
+    block.norm1.own = 1
+    x, c = inputs()
+    expected = fill_(block)(x, c)
+    with torch.no_grad():
+        dk.fuse(block)(x, c)
+        block.norm1.own = now
+        assert rel_rms(block(x, c), expected) < 1e-5
+        assert dk.explain(block).modules[0].reason.startswith("norm1.own is now ")
+        del block.norm1.own
+        block.norm1.other = 1
+        assert rel_rms(block(x, c), expected) < 1e-5
+    assert dk.explain(block).modules[0].reason == "norm1.own is now gone, and was 1"
+
+
 def test_a_forward_taken_before_unfuse():
     block = fill_(DiCoBlock(C))
     x, c = inputs()

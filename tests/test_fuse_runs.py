@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from foreign import Block
+from foreign import Block, FCDMBlock
 from support import rel_rms, run_python, saved_bytes
 from test_fuse import MODELS, assert_within_budget, fused_modules, hard, results
 from torch import nn
@@ -161,8 +161,30 @@ def test_a_forward_that_checkpoints_itself():
         assert rel_rms(value, expected[key]) < 1e-5, key
     twin = pickle.loads(pickle.dumps(block))
     assert bytes_kept(twin, (x, c)) <= own
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    assert rel_rms(compiled(x, c), expected["output"]) < 1e-5
+    assert own < bytes_kept(dk.fuse(twin, recompute=True), (x, c)) < plain
+    assert "fused, recomputing " in str(dk.explain(twin))
     assert bytes_kept(block.eval(), (x, c)) == plain
-    assert "checkpointing" not in str(dk.explain(dk.fuse(Block(16))))
+
+
+def test_what_keeps_little_does_not_checkpoint():
+    class Frugal(nn.Module):
+        """GRN in a form that keeps its input and vectors."""
+
+        def __init__(self):
+            super().__init__()
+            self.gamma, self.beta = (nn.Parameter(torch.zeros(1, 1, 1, 16)) for _ in range(2))
+
+        def forward(self, x):
+            size = x.norm(p=2, dim=(1, 2), keepdim=True)
+            return x * (1 + self.gamma * (size / (size.mean(-1, keepdim=True) + 1e-6))) + self.beta
+
+    Frugal.__name__ = "GRN"
+    for module in (Frugal(), Block(16), FCDMBlock(16)):
+        verdict = dk.explain(dk.fuse(module)).modules[0]
+        assert verdict.fused
+        assert not verdict.checkpoints
 
 
 def test_modules_of_our_own_recompute():

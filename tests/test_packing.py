@@ -302,4 +302,5 @@ def test_the_way_up_is_packed_for_whoever_multiplies(products, used):
         dk.pack(layer)
         y, packed, left = used(lambda: layer(x, skip))
     assert (packed, left) == (2, 0)  # the dense convolution's, and the 1x1's
+    assert type(layer.reduce) is torch.nn.Conv2d  # or the op would be left, and the pixels shuffled in memory
     assert rel_rms(y, plain) < 1e-6

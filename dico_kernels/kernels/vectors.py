@@ -166,18 +166,21 @@ _RECORDED: _Tables = WeakIdKeyDictionary()
 _KEPT = 8  # of weights that move
 
 
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def _table(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
     """The addresses, or None while a graph is recorded that would have to record how they are written."""
     device = weights[0].device
     addresses = tuple(t.data_ptr() for t in (*weights, *biases))
     known = _TABLES.setdefault(weights[0], {})
     found = known.get(addresses)
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if capturing and found is not None:
-        _RECORDED.setdefault(weights[0], {})[addresses] = found
+    if _capturing(device):
+        if found is not None:
+            _RECORDED.setdefault(weights[0], {})[addresses] = found
+        return found
     if found is None:
-        if capturing:
-            return None
         k = len(weights)
         lists = (torch.tensor(part, dtype=torch.int64, device="cpu") for part in (addresses[:k], addresses[k:]))
         of_weights, of_biases = (v.to(device) for v in lists)

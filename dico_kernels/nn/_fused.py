@@ -106,10 +106,11 @@ class Fused(nn.Module):
             inside = sum(other[:-1] == path for other, *_ in self.fused_layout)
             if len(layer._modules) != inside:
                 return f"{name} now has {len(layer._modules)} layers in it, and had {inside}"
-            if (now := settings(layer)) != wanted:
-                was, of = dict(wanted), dict(now)
-                changed = [key for key in {**was, **of} if of.get(key) != was.get(key)]
-                return "; ".join(f"{name}.{key} is now {of.get(key)!r}, and was {was.get(key)!r}" for key in changed)
+            now = dict(settings(layer))  # of which more may have been added since: what was there counts
+            changed = [(key, was) for key, was in wanted if key not in now or now[key] != was]
+            if changed:
+                said = ((f"{name}.{key}", repr(now[key]) if key in now else "gone", was) for key, was in changed)
+                return "; ".join(f"{setting} is now {is_now}, and was {was!r}" for setting, is_now, was in said)
             if reason := hooked(layer):
                 return f"{name} {reason}"
             if not sharded and (reason := unreadable(layer)):

@@ -30,7 +30,7 @@ _ENABLED = on_or_off(VARIABLE, True)
 # Attributes in which another layer of the same type could do something else: of convolutions, and of the others.
 CONVOLUTION_SETTINGS = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
 OTHER_SETTINGS = ("eps", "approximate", "p")
-_EVERY_MODULE = frozenset(nn.Module().__dict__)
+EVERY_MODULE = frozenset(nn.Module().__dict__)
 _version = attrgetter("_version")
 _hooks = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Kinds of inputs that a module keeps recordings for.
@@ -103,7 +103,12 @@ class _State:
                 return None
             held = layer.__dict__
             # A forward of the instance's own would be one attribute more.
-            if len(held) != attributes or len(layer._modules) != children or read(held) != settings:
+            if len(held) != attributes or len(layer._modules) != children:
+                return None
+            try:
+                if read(held) != settings:
+                    return None
+            except (KeyError, RuntimeError, ValueError):  # gone, or a tensor or array now, which does not compare
                 return None
             if any(_hooks(held)):
                 return None
@@ -113,15 +118,16 @@ class _State:
 
 
 def own_settings(layer: nn.Module) -> tuple[str, ...]:
-    """Names of the settings that a layer of a class which is not PyTorch's has: whatever its forward might read."""
-    if type(layer).__module__.partition(".")[0] == "torch":
+    """Names of the settings that a layer of somebody's own class has: the numbers that its forward might read."""
+    if type(layer).__module__.partition(".")[0] in ("torch", "dico_kernels"):
         return ()
     held = layer.__dict__.items()
-    return tuple(sorted(n for n, v in held if n not in _EVERY_MODULE and n[0] != "_" and _is_plain(v)))
+    return tuple(sorted(n for n, v in held if n not in EVERY_MODULE and n[0] != "_" and _is_plain(v)))
 
 
 def _is_plain(value: Any) -> bool:
-    return isinstance(value, (bool, int, float, str, type(None))) or (
+    # Not strings: tools label layers with them.
+    return isinstance(value, (bool, int, float, type(None))) or (
         isinstance(value, tuple) and all(map(_is_plain, value))
     )
 
@@ -240,4 +246,13 @@ def _replay(module: nn.Module, recording: Recording, *inputs: Tensor) -> Tensor:
         return recording.replay(*inputs)
 
 
-__all__ = ["CONVOLUTION_SETTINGS", "OTHER_SETTINGS", "forget", "own_settings", "recorded", "remember", "unchanged"]
+__all__ = [
+    "CONVOLUTION_SETTINGS",
+    "EVERY_MODULE",
+    "OTHER_SETTINGS",
+    "forget",
+    "own_settings",
+    "recorded",
+    "remember",
+    "unchanged",
+]

@@ -97,8 +97,7 @@ def separable(up: nn.Module, reduce: nn.Module) -> bool:
     pair = up[0] if type(up) is nn.Sequential and len(up) == 1 else None
     if type(pair) is not nn.Sequential or len(pair) != 2:
         return False
-    # pack() makes a class of its own of what it finds by itself
-    if getattr(type(reduce), "plain_class", type(reduce)) is not nn.Conv2d or settings(reduce) != plain_convolution(1):
+    if type(reduce) is not nn.Conv2d or settings(reduce) != plain_convolution(1):
         return False
     shuffle = pair[1]
     if type(shuffle) is not nn.PixelShuffle or shuffle.upscale_factor != 2:

@@ -301,3 +301,12 @@ def test_no_step_overwrites_what_another_still_reads(prologue, n, side, fill, de
         options = {"modulation": gemm.Modulation(s, nothing, nothing), "statistics": rows}
     for _ in range(100):
         assert torch.equal(gemm.pointwise(x, weight, **options).y, exact)
+
+
+def test_descriptors_want_rows_at_multiples_of_sixteen_bytes(monkeypatch):
+    monkeypatch.setattr(gemm, "capability", lambda x: 90)
+    x = torch.empty(1, 64, dtype=torch.bfloat16, device="meta")
+    row = torch.empty(1, 67, dtype=torch.bfloat16, device="meta")[:, :64]  # contiguous, for it is one row
+    assert row.is_contiguous()
+    assert gemm._tile(x, x, False).tma
+    assert not gemm._tile(x, row, False).tma

@@ -120,10 +120,26 @@ def test_a_table_lives_as_long_as_its_weights(random):
 
 def test_no_more_tables_are_kept_than_weights_take_turns(random):
     c, weights, biases = heads((2, 5, 7), 2, torch.float32, random)
-    for _ in range(3 * vectors._KEPT):
-        biases[0] = torch.cat([biases[0], biases[0]])[:5]
-        vectors.conditioning(c, weights, biases)
-    assert len(vectors._TABLES[weights[0]]) <= vectors._KEPT
+    others = [random((5,), torch.float32) for _ in range(3 * vectors._KEPT)]  # all alive: none in another's place
+    for other in others:
+        vectors.conditioning(c, weights, [other, *biases[1:]])
+    assert len(vectors._TABLES[weights[0]]) == vectors._KEPT
+
+
+def test_a_table_that_a_graph_reads_is_kept(random, monkeypatch):
+    c, weights, biases = heads((2, 5, 7), 2, torch.float32, random)
+    vectors.conditioning(c, weights, biases)
+    with monkeypatch.context() as recording:
+        recording.setattr(vectors, "_capturing", lambda device: True)
+        table = vectors._table(weights, biases)
+        assert table is not None
+        assert vectors._table(weights, [*biases[1:], torch.zeros(5)]) is None  # it would have to be written
+    others = [random((5,), torch.float32) for _ in range(2 * vectors._KEPT)]
+    for other in others:
+        vectors.conditioning(c, weights, [other, *biases[1:]])
+    addresses = tuple(t.data_ptr() for t in (*weights, *biases))
+    assert addresses not in vectors._TABLES[weights[0]]
+    assert vectors._RECORDED[weights[0]][addresses] is table
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
