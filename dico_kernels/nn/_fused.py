@@ -106,11 +106,11 @@ class Fused(nn.Module):
             inside = sum(other[:-1] == path for other, *_ in self.fused_layout)
             if len(layer._modules) != inside:
                 return f"{name} now has {len(layer._modules)} layers in it, and had {inside}"
-            now = dict(settings(layer))  # of which more may have been added since: what was there counts
-            changed = [(key, was) for key, was in wanted if key not in now or now[key] != was]
+            # More may have been added since: what was there counts.
+            now = [(key, getattr(layer, key, "gone"), was) for key, was in wanted]
+            changed = [(key, value, was) for key, value, was in now if type(value) is not type(was) or value != was]
             if changed:
-                said = ((f"{name}.{key}", repr(now[key]) if key in now else "gone", was) for key, was in changed)
-                return "; ".join(f"{setting} is now {is_now}, and was {was!r}" for setting, is_now, was in said)
+                return "; ".join(f"{name}.{key} is now {value}, and was {was}" for key, value, was in changed)
             if reason := hooked(layer):
                 return f"{name} {reason}"
             if not sharded and (reason := unreadable(layer)):
