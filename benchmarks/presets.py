@@ -58,10 +58,11 @@ class ModelArena:
             contenders = ["eager"] if dit else ["eager", "channels_last", "fused"]
             if not (training or dit):
                 contenders.append("fused_tuned" if gpu else "packed")
-            if training and not gpu and not dit:
-                contenders.append("fused_recompute")
-            if training and gpu and not dit:
-                contenders.remove("eager")  # each keeps weights and optimiser state: all at once must fit the card
+            if training and not dit:
+                if gpu:
+                    contenders.remove("eager")  # each keeps weights and optimiser state: all at once must fit the card
+                else:
+                    contenders.append("fused_recompute")
             if self.compiled:
                 contenders.append("compile")
                 if gpu and not training:

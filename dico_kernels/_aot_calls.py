@@ -17,15 +17,25 @@ from dico_kernels.kernels import adaln, block, channel, depthwise, gemm, grn, pi
 Calls = Iterator[partial[Any]]
 
 
-def every_launcher(dtype: torch.dtype, n: int, c: int, size: int) -> Calls:
-    """A call of each launcher at width c on n images of size x size."""
-    acc = accumulation_dtype(dtype)
-
-    def image(channels: int, side: int) -> torch.Tensor:
-        return torch.empty(n, channels, side, side, dtype=dtype, device="meta")
+def _makers(dtype: torch.dtype, n: int, size: int) -> tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]:
+    """What makes a tensor of some shape, and n channels_last images of so many channels."""
 
     def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
+
+    def image(channels: int) -> torch.Tensor:
+        return tensor(n, channels, size, size).contiguous(memory_format=torch.channels_last)
+
+    return tensor, image
+
+
+def every_launcher(dtype: torch.dtype, n: int, c: int, size: int) -> Calls:
+    """A call of each launcher at width c on n images of size x size."""
+    acc = accumulation_dtype(dtype)
+    tensor, _ = _makers(dtype, n, size)
+
+    def image(channels: int, side: int) -> torch.Tensor:
+        return tensor(n, channels, side, side)
 
     x, v, vector = image(c, size), tensor(n, c), tensor(n, c, dtype=acc)
     stat = tensor(n, size, size, dtype=acc)
@@ -72,11 +82,8 @@ def every_launcher(dtype: torch.dtype, n: int, c: int, size: int) -> Calls:
 
 def products(dtype: torch.dtype, n: int, c: int, size: int) -> Calls:
     """The 1x1 convolutions of DiCo's and FCDM's blocks at width c."""
-    acc = torch.float64 if dtype == torch.float64 else torch.float32
-
-    def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
+    acc = accumulation_dtype(dtype)
+    tensor, _ = _makers(dtype, n, size)
     x, vector, weight, bias = tensor(n, c, size, size), tensor(n, c), tensor(c, c, 1, 1), tensor(c)
     x = x.contiguous(memory_format=torch.channels_last)
     pixels = tensor(n, size, size, dtype=acc)
@@ -108,18 +115,6 @@ def products(dtype: torch.dtype, n: int, c: int, size: int) -> Calls:
     yield partial(pointwise.pointwise, x, weight, bias, gate=vector, residual=x)
     yield partial(pointwise.pointwise, x, weight, bias, s=s, gate=vector, residual=x)
     yield partial(pointwise.pointwise, x, weight, bias, s=s, plus=bias, gate=vector, residual=x)
-
-
-def _makers(dtype: torch.dtype, n: int, size: int) -> tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]:
-    """What makes a tensor of some shape, and n channels_last images of so many channels."""
-
-    def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    def image(channels: int) -> torch.Tensor:
-        return tensor(n, channels, size, size).contiguous(memory_format=torch.channels_last)
-
-    return tensor, image
 
 
 def branches(dtype: torch.dtype, n: int, c: int, size: int) -> Calls:

@@ -45,6 +45,36 @@ class HiddenEps(LayerNorm2d):
         return F.layer_norm(x.movedim(1, -1), x.shape[1:2], eps=1e-5).movedim(-1, 1)
 
 
+class RMSNorm2d(nn.RMSNorm):
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class WideNorm(LayerNorm2d):
+    """Its weight and bias as (C, 1, 1)."""
+
+    def __init__(self, c):
+        super().__init__(c, affine=True)
+        for name in ("weight", "bias"):
+            setattr(self, name, nn.Parameter(getattr(self, name).detach().reshape(c, 1, 1)))
+
+    def forward(self, x):
+        return torch.nn.functional.layer_norm(
+            x.permute(0, 2, 3, 1), (x.shape[1],), self.weight.flatten(), self.bias.flatten(), 1e-6
+        ).permute(0, 3, 1, 2)
+
+
+class BareNorm(nn.Module):
+    """A norm without any."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.shape = (c,)
+
+    def forward(self, x):
+        return torch.nn.functional.layer_norm(x.permute(0, 2, 3, 1), self.shape, eps=1e-6).permute(0, 3, 1, 2)
+
+
 class Block(nn.Module):
     """DiCo's block as a stranger writes it, with a deviation on request."""
 

@@ -9,7 +9,7 @@ import re
 
 import pytest
 import torch
-from foreign import GRN, Block, FCDMBlock, HiddenEps, LayerNorm2d, Unconditioned
+from foreign import GRN, BareNorm, Block, FCDMBlock, HiddenEps, LayerNorm2d, RMSNorm2d, Unconditioned, WideNorm
 from support import rel_rms
 from torch import nn
 from torch.nn.utils import parametrizations, prune
@@ -427,36 +427,6 @@ def test_a_forward_taken_before_unfuse():
     forward = dk.fuse(block).forward
     dk.unfuse(block)
     assert torch.equal(forward(x, c), expected)
-
-
-class RMSNorm2d(nn.RMSNorm):
-    def forward(self, x):
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
-class WideNorm(LayerNorm2d):
-    """Its weight and bias as (C, 1, 1)."""
-
-    def __init__(self, c):
-        super().__init__(c, affine=True)
-        for name in ("weight", "bias"):
-            setattr(self, name, nn.Parameter(getattr(self, name).detach().reshape(c, 1, 1)))
-
-    def forward(self, x):
-        return torch.nn.functional.layer_norm(
-            x.permute(0, 2, 3, 1), (x.shape[1],), self.weight.flatten(), self.bias.flatten(), 1e-6
-        ).permute(0, 3, 1, 2)
-
-
-class BareNorm(nn.Module):
-    """A norm without any."""
-
-    def __init__(self, c):
-        super().__init__()
-        self.shape = (c,)
-
-    def forward(self, x):
-        return torch.nn.functional.layer_norm(x.permute(0, 2, 3, 1), self.shape, eps=1e-6).permute(0, 3, 1, 2)
 
 
 @pytest.mark.parametrize(("norm", "fits"), [(RMSNorm2d, False), (WideNorm, True), (BareNorm, True)])
