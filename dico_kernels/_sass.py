@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 _INSTRUCTION = re.compile(r"\s*(?:/\*[0-9a-f]+\*/)?\s*(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
 _WAIT = re.compile(r"WARPGROUP\.DEPBAR\S* gsb0, 0x([0-9a-f]+)\b")
+_MATMUL_OR_WAIT = re.compile(r"\b(HGMMA)\b|WARPGROUP\.DEPBAR\S* gsb0, 0x0\b")
 
 
 def serialised(sass: str) -> bool:
-    """Whether there is a wait for everything in flight for (at least) every wgmma instruction."""
-    matmuls = len(re.findall(r"\bHGMMA\b", sass))
-    waits = sum(int(match[1], 16) == 0 for match in _WAIT.finditer(sass))
-    return 0 < matmuls <= waits
+    """Whether everything in flight is waited for behind every wgmma instruction."""
+    matmuls = [match[1] is not None for match in _MATMUL_OR_WAIT.finditer(sass)]
+    return any(matmuls) and not any(a and b for a, b in itertools.pairwise([*matmuls, True]))
 
 
 def loop(sass: str) -> list[str]:

@@ -90,12 +90,31 @@ def _label(launch: Launch, dtype: torch.dtype) -> str:
     ]
     name = launch.kernel.__name__.removeprefix("_").removesuffix("_kernel")
     limit = [] if launch.maxnreg is None else [f"maxnreg={launch.maxnreg}"]
-    return " ".join([name, _TYPES[dtype], *constants, f"warps={launch.num_warps}", *limit])
+    return " ".join([name, _TYPES[dtype], *constants, *_unusual(launch, dtype), f"warps={launch.num_warps}", *limit])
+
+
+def _unusual(launch: Launch, dtype: torch.dtype) -> list[str]:
+    """The arguments that make another kernel of a launch: widths that 16 does not divide, a bias of another type."""
+    found: dict[str, None] = {}
+    for name, value, specialised in _arguments(launch):
+        if isinstance(value, int) and specialised and value % 16 != 0:
+            found[f"{name.rstrip('012345678')}={'1' if value == 1 else 'odd'}"] = None
+        if name == "bias" and isinstance(value, torch.Tensor) and value.dtype not in (dtype, torch.int64):
+            found[f"bias={_TYPES[value.dtype]}"] = None
+    return list(found)
+
+
+def _arguments(launch: Launch) -> Iterator[tuple[str, Any, bool]]:
+    """Name and value of each argument that is no constant, and whether Triton looks for 1 and multiples of 16 in it."""
+    from dico_kernels.kernels.common import is_count
+
+    for name, value in zip(launch.kernel.arg_names, launch.args, strict=False):
+        yield name, value, not is_count(name)
 
 
 @cache
 def kernels() -> dict[str, Kernel]:
-    """Every kernel to compile, by label: levels of DiCo and FCDM in bf16 and fp32, one in fp64, and a single pixel."""
+    """Every kernel to compile, by label: all levels of DiCo and FCDM in bf16, some in other types, and odd widths."""
     from dico_kernels import _aot_calls as calls_of
     from dico_kernels.kernels.common import record
 
@@ -107,12 +126,18 @@ def kernels() -> dict[str, Kernel]:
                 call()
             for launch in launches:
                 label = _label(launch, dtype)
-                found.setdefault(label, Kernel(label, launch, dtype))
+                first = found.setdefault(label, Kernel(label, launch, dtype)).launch
+                if first is not launch and _specialised(first) != _specialised(launch):
+                    raise RuntimeError(
+                        f"two kernels have one label, {label}: {_specialised(first)}, {_specialised(launch)}"
+                    )
 
     levels = [(torch.bfloat16, 64, c, size) for c, size in ((128, 32), (416, 32), (832, 16))]
     levels += [(torch.float32, 64, c, size) for c, size in ((128, 32), (416, 32), (832, 16))]
     # One pixel of one channel: Triton turns arguments equal to 1 into constants, a code path of its own.
     levels += [(torch.float64, 64, 416, 32), (torch.bfloat16, 1, 1, 1)]
+    # Rows that no vector of 16 bytes divides, of images that no tile does.
+    levels.append((torch.bfloat16, 64, 100, 15))
     precision = torch.get_float32_matmul_precision()
     try:
         for setting in ("highest", "high"):
@@ -131,6 +156,9 @@ def kernels() -> dict[str, Kernel]:
             widths = {config["hidden_size"] for config in variants.values()}
             for n, side, level, c in itertools.product((1 << i for i in range(9)), (32, 64), range(3), sorted(widths)):
                 add(calls(torch.bfloat16, n, c << level, side >> level), torch.bfloat16, 90)
+            add(calls(torch.float16, 64, min(widths), 32), torch.float16, 90)
+            for side in (15, 32):
+                add(calls(torch.bfloat16, 64, 100, side), torch.bfloat16, 90)
     finally:
         torch.set_float32_matmul_precision(precision)
     return found
@@ -146,38 +174,43 @@ def _wanted(kernel: Kernel, target: str) -> bool:
         return False
     # The launcher takes TMA where the device has it; float32 does without.
     tma = constants.get("TMA")
-    if kernel.dtype == torch.bfloat16 and tma is not None and tma != (target in ("sm_90", "sm_100")):
+    if kernel.dtype.itemsize == 2 and tma is not None and tma != (target in ("sm_90", "sm_100")):
         return False
-    # float64 is for checking, and AMD is a smoke test: one target and one type are enough for those.
-    if kernel.dtype == torch.float64:
+    # float64 is for checking, float16 is bfloat16 but for its type, few rows have odd lengths, and AMD is a smoke
+    # test: one target, and one type, are enough for those.
+    if kernel.dtype in (torch.float64, torch.float16) or re.search(" [CNKS]=odd", kernel.label):
         return target == "sm_90"
     return target != "gfx942" or kernel.dtype == torch.bfloat16
 
 
-def _source(launch: Launch) -> Any:
-    """The launch as Triton's own call would specialise it: 1 becomes a constant, multiples of 16 are marked."""
-    from triton.compiler import ASTSource
+def _specialised(launch: Launch) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
+    """(types, constants, attributes) that Triton's own call would compile: 1 is a constant, multiples of 16 marked."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     names = launch.kernel.arg_names
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-    for i, (name, value) in enumerate(zip(names, launch.args, strict=False)):
+    for i, (name, value, specialised) in enumerate(_arguments(launch)):
         if isinstance(value, TensorDescriptor):
             signature[name] = f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}>"
             continue
         tensor = isinstance(value, torch.Tensor)
-        as_it_is = launch.kernel.params[i].do_not_specialize
-        if value is None or (not tensor and value == 1 and not as_it_is):
+        if value is None or (not tensor and value == 1 and specialised):
             signature[name], constants[(i,)] = "constexpr", value
             continue
         signature[name] = "*" + _TYPES[value.dtype] if tensor else "i32" if value < 2**31 else "i64"
-        if tensor or (value % 16 == 0 and not as_it_is):
+        if tensor or (value % 16 == 0 and specialised):
             attributes[(i,)] = [["tt.divisibility", 16]]
     for name, value in launch.constants.items():
         signature[name], constants[(names.index(name),)] = "constexpr", value
-    return ASTSource(launch.kernel, signature, constants, attributes)
+    return signature, constants, attributes
+
+
+def _source(launch: Launch) -> Any:
+    from triton.compiler import ASTSource
+
+    return ASTSource(launch.kernel, *_specialised(launch))
 
 
 def narrow_offsets(ttir: str) -> list[str]:

@@ -74,6 +74,25 @@ def test_every_kernel_is_compiled():
     assert {kernel.launch.kernel.__name__ for kernel in aot.kernels().values()} == written
 
 
+def test_no_batch_and_no_size_is_compiled_for():
+    from dico_kernels.kernels.common import INTERPRET, is_count
+
+    counts = 0
+    for function in {kernel.launch.kernel for kernel in aot.kernels().values()}:
+        unspecialised = function.kwargs["do_not_specialize"] if INTERPRET else function.do_not_specialize
+        assert unspecialised == [name for name in function.arg_names if is_count(name)], function.__name__
+        counts += len(unspecialised)
+        # addresses, widths and strides are
+        assert not any(is_count(name) for name in ("x", "y", "weight", "C", "N", "K", "S", "c0", "gate_stride"))
+    assert counts > 50
+
+
+def test_a_label_names_one_kernel(monkeypatch):
+    monkeypatch.setattr(aot, "_unusual", lambda launch, dtype: [])
+    with pytest.raises(RuntimeError, match="two kernels have one label"):
+        aot.kernels.__wrapped__()
+
+
 def test_the_installed_budget_is_complete():
     for version, budget in json.loads(aot.BUDGETS.read_text()).items():
         expected = {

@@ -17,11 +17,13 @@ from dico_kernels.kernels.common import (
     cdiv,
     empty_acc,
     empty_image,
+    kernel,
     launch,
     load,
     rounded,
     row_offset,
     store,
+    wide,
 )
 from dico_kernels.kernels.tiles import band_tile, row_tile
 
@@ -45,15 +47,15 @@ def _standardise_grad(g, xhat, rstd, C):
     return rstd[:, None] * (g - mean_g[:, None] - xhat * mean_gx[:, None])
 
 
-@triton.jit
+@kernel
 def _adaln_fwd_kernel(
     x, shift, scale, y, mean_out, rstd_out,
     C, HW, blocks, shift_stride, scale_stride,
     EPS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
-    n = pid // blocks
-    r = (pid % blocks) * ROWS + tl.arange(0, ROWS)
+    pid = tl.program_id(0)
+    n = wide(pid // blocks)
+    r = wide(pid % blocks) * ROWS + tl.arange(0, ROWS)
     c = tl.arange(0, COLS).to(tl.int64)
     cmask = (c < C)[None, :]
     mask = (r < HW)[:, None] & cmask
@@ -67,7 +69,7 @@ def _adaln_fwd_kernel(
     tl.store(rstd_out + row, rstd, mask=r < HW)
 
 
-@triton.jit
+@kernel
 def _adaln_bwd_kernel(
     dy, past, x, shift, scale, mean_in, rstd_in, dx, y, dshift, dscale,
     C, HW, blocks, shift_stride, scale_stride,
@@ -75,9 +77,9 @@ def _adaln_bwd_kernel(
     ROWS: tl.constexpr, COLS: tl.constexpr, SPAN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """PAST: add the gradient that reaches x past the normalisation. AGAIN: form y anew, for a weight gradient."""
-    pid = tl.program_id(0).to(tl.int64)
-    n = pid // blocks
-    first = (pid % blocks) * SPAN
+    pid = tl.program_id(0)
+    n = wide(pid // blocks)
+    first = wide(pid % blocks) * SPAN
     c = tl.arange(0, COLS).to(tl.int64)
     cmask = (c < C)[None, :]
     a = 1.0 + load(scale + n * scale_stride + c[None, :], cmask, ACC)
@@ -106,16 +108,16 @@ def _adaln_bwd_kernel(
     tl.store(dscale + part, tl.sum(sum_dyx, axis=0), mask=c < C)
 
 
-@triton.jit
+@kernel
 def _gated_residual_fwd_kernel(
     x, branch, gate, y,
     C, HW, row_blocks, col_blocks, gate_stride,
     ROWS: tl.constexpr, COLS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
-    c = (pid % col_blocks) * COLS + tl.arange(0, COLS)
-    n = pid // col_blocks // row_blocks
-    r = (pid // col_blocks % row_blocks) * ROWS + tl.arange(0, ROWS)
+    pid = tl.program_id(0)
+    c = wide(pid % col_blocks) * COLS + tl.arange(0, COLS)
+    n = wide(pid // col_blocks // row_blocks)
+    r = wide(pid // col_blocks % row_blocks) * ROWS + tl.arange(0, ROWS)
     cmask = (c < C)[None, :]
     mask = (r < HW)[:, None] & cmask
     offset = row_offset(n * HW + r, C)[:, None] + c[None, :]
@@ -123,17 +125,17 @@ def _gated_residual_fwd_kernel(
     store(y + offset, load(x + offset, mask, ACC) + g * load(branch + offset, mask, ACC), mask)
 
 
-@triton.jit
+@kernel
 def _gate_gradient_kernel(
     dy, gate, dbranch, narrow, sums_out, gated_out,
     C, HW, row_blocks, col_blocks, gate_stride,
     NARROW: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SPAN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
-    c = (pid % col_blocks) * COLS + tl.arange(0, COLS)
+    pid = tl.program_id(0)
+    c = wide(pid % col_blocks) * COLS + tl.arange(0, COLS)
     band = pid // col_blocks
-    n = band // row_blocks
-    first = (band % row_blocks) * SPAN
+    n = wide(band // row_blocks)
+    first = wide(band % row_blocks) * SPAN
     cmask = (c < C)[None, :]
     g = load(gate + n * gate_stride + c[None, :], cmask, ACC)
     sums = tl.zeros([ROWS, COLS], ACC)
@@ -151,17 +153,17 @@ def _gate_gradient_kernel(
     tl.store(gated_out + row_offset(band, C) + c, total * load(gate + n * gate_stride + c, c < C, ACC), mask=c < C)
 
 
-@triton.jit
+@kernel
 def _gated_residual_bwd_kernel(
     dy, branch, gate, dbranch, dgate,
     C, HW, row_blocks, col_blocks, gate_stride,
     ROWS: tl.constexpr, COLS: tl.constexpr, SPAN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
-    c = (pid % col_blocks) * COLS + tl.arange(0, COLS)
+    pid = tl.program_id(0)
+    c = wide(pid % col_blocks) * COLS + tl.arange(0, COLS)
     band = pid // col_blocks
-    n = band // row_blocks
-    first = (band % row_blocks) * SPAN
+    n = wide(band // row_blocks)
+    first = wide(band % row_blocks) * SPAN
     cmask = (c < C)[None, :]
     g = load(gate + n * gate_stride + c[None, :], cmask, ACC)
     sums = tl.zeros([ROWS, COLS], ACC)
@@ -175,15 +177,15 @@ def _gated_residual_bwd_kernel(
     tl.store(dgate + row_offset(band, C) + c, tl.sum(sums, axis=0), mask=c < C)
 
 
-@triton.jit
+@kernel
 def _gated_residual_adaln_fwd_kernel(
     x, branch, gate, shift, scale, y, h, mean_out, rstd_out,
     C, HW, blocks, gate_stride, shift_stride, scale_stride,
     EPS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
-    n = pid // blocks
-    r = (pid % blocks) * ROWS + tl.arange(0, ROWS)
+    pid = tl.program_id(0)
+    n = wide(pid // blocks)
+    r = wide(pid % blocks) * ROWS + tl.arange(0, ROWS)
     c = tl.arange(0, COLS).to(tl.int64)
     cmask = (c < C)[None, :]
     mask = (r < HW)[:, None] & cmask
@@ -202,15 +204,15 @@ def _gated_residual_adaln_fwd_kernel(
     tl.store(rstd_out + row, rstd, mask=r < HW)
 
 
-@triton.jit
+@kernel
 def _gated_residual_adaln_bwd_kernel(
     dy, dh, y, branch, gate, scale, mean_in, rstd_in, dx, dbranch, dgate, dshift, dscale,
     C, HW, blocks, gate_stride, scale_stride,
     ROWS: tl.constexpr, COLS: tl.constexpr, SPAN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
-    n = pid // blocks
-    first = (pid % blocks) * SPAN
+    pid = tl.program_id(0)
+    n = wide(pid // blocks)
+    first = wide(pid % blocks) * SPAN
     c = tl.arange(0, COLS).to(tl.int64)
     cmask = (c < C)[None, :]
     a = 1.0 + load(scale + n * scale_stride + c[None, :], cmask, ACC)

@@ -6,7 +6,6 @@ bands where they are wanted.
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -16,25 +15,27 @@ from dico_kernels.kernels.common import (
     cdiv,
     empty_acc,
     empty_image,
+    kernel,
     launch,
     load,
     row_offset,
     store,
+    wide,
 )
 from dico_kernels.kernels.tiles import band_tile
 
 
-@triton.jit
+@kernel
 def _channel_sums_fwd_kernel(
     a, b, out,
     C, HW, row_blocks, col_blocks,
     DOT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SPAN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
-    c = (pid % col_blocks) * COLS + tl.arange(0, COLS)
+    pid = tl.program_id(0)
+    c = wide(pid % col_blocks) * COLS + tl.arange(0, COLS)
     band = pid // col_blocks
-    n = band // row_blocks
-    first = (band % row_blocks) * SPAN
+    n = wide(band // row_blocks)
+    first = wide(band % row_blocks) * SPAN
     sums = tl.zeros([ROWS, COLS], ACC)
     for step in range(0, SPAN, ROWS):
         r = first + step + tl.arange(0, ROWS)
@@ -47,17 +48,17 @@ def _channel_sums_fwd_kernel(
     tl.store(out + row_offset(band, C) + c, tl.sum(sums, axis=0), mask=c < C)
 
 
-@triton.jit
+@kernel
 def _channel_affine_fwd_kernel(
     x, s, shift, z, r_scale, y,
     C, HW, row_blocks, col_blocks, s_stride, shift_stride, r_stride,
     SHIFT: tl.constexpr, SECOND: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
-    c = (pid % col_blocks) * COLS + tl.arange(0, COLS)
-    n = pid // col_blocks // row_blocks
-    r = (pid // col_blocks % row_blocks) * ROWS + tl.arange(0, ROWS)
+    pid = tl.program_id(0)
+    c = wide(pid % col_blocks) * COLS + tl.arange(0, COLS)
+    n = wide(pid // col_blocks // row_blocks)
+    r = wide(pid // col_blocks % row_blocks) * ROWS + tl.arange(0, ROWS)
     cmask = (c < C)[None, :]
     mask = (r < HW)[:, None] & cmask
     offset = row_offset(n * HW + r, C)[:, None] + c[None, :]

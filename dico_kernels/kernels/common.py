@@ -8,7 +8,9 @@ bfloat16 only through `load`, `store`, `rounded` and `dot` below, which do on th
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import inspect
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +24,25 @@ from dico_kernels.dtypes import accumulation_dtype, tf32_products
 
 # Fixed when a kernel is decorated, so it is read once, with the kernels' own import.
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+# The arguments of kernels that follow the batch and the size of images: n0 and e0 of add_up do too, but not numbers of
+# pixels, which of most images are multiples of 16.
+_COUNTS = re.compile(r"[BHW]|samples|parts|count|(\w+_)?blocks|[ne]\d")
+
+
+def is_count(name: str) -> bool:
+    """Whether a kernel's integer argument of this name follows the batch or the size of images."""
+    return _COUNTS.fullmatch(name) is not None
+
+
+def kernel(function: Callable[..., None]) -> Any:
+    """triton.jit of a kernel, compiled once for all batches and sizes of images.
+
+    Triton compiles anew where an integer argument becomes 1, or a multiple of 16 or none. Addresses gain by that in
+    what rows are long and apart (C, N, K, S and strides), and nothing does in counts.
+    """
+    counts = [name for name in inspect.signature(function).parameters if is_count(name)]
+    return triton.jit(function, do_not_specialize=counts)
 
 
 @triton.jit

@@ -20,6 +20,7 @@ from dico_kernels.kernels.common import (
     empty_image,
     gelu,
     gelu_grad,
+    kernel,
     launch,
     load,
     row_offset,
@@ -42,7 +43,7 @@ def _taps(weight, c, C, K: tl.constexpr, FLIP: tl.constexpr, ACC: tl.constexpr):
     return taps
 
 
-@triton.jit
+@kernel
 def _depthwise_fwd_kernel(
     x, weight, bias, dy, y,
     C, H, W, row_blocks, col_blocks, channel_blocks,
@@ -51,13 +52,13 @@ def _depthwise_fwd_kernel(
 ):  # fmt: skip
     """EPILOGUE: "none"; "gelu"; "dz", which writes dy * GELU'(z) instead of GELU(z)."""
     P: tl.constexpr = K // 2
-    pid = tl.program_id(0).to(tl.int64)
-    c = (pid % channel_blocks) * CHANNELS + tl.arange(0, CHANNELS)
+    pid = tl.program_id(0)
+    c = wide(pid % channel_blocks) * CHANNELS + tl.arange(0, CHANNELS)
     pid = pid // channel_blocks
-    w = (pid % col_blocks) * WIDTH + tl.arange(0, WIDTH)
+    w = wide(pid % col_blocks) * WIDTH + tl.arange(0, WIDTH)
     pid = pid // col_blocks
-    first = (pid % row_blocks) * HEIGHT
-    image = pid // row_blocks * H
+    first = wide(pid % row_blocks) * HEIGHT
+    image = wide(pid // row_blocks) * H
     last = tl.minimum(first + HEIGHT, H)
     inner = row_offset(w, C)[:, None] + c[None, :]
     mask = (w < W)[:, None] & (c < C)[None, :]
@@ -95,7 +96,7 @@ def _depthwise_fwd_kernel(
         rows = moved + (start,)
 
 
-@triton.jit
+@kernel
 def _depthwise_bwd_kernel(
     dz, x, weight, dx, taps_out, bias_out,
     C, H, W, row_blocks, col_blocks, channel_blocks,
@@ -106,14 +107,14 @@ def _depthwise_bwd_kernel(
     Row s of dz, shifted by kx, meets row r = s + ky - P of x: dx[r] += tap[ky, kx] * dz, dtap[ky, kx] += x[r] * dz.
     """
     P: tl.constexpr = K // 2
-    pid = tl.program_id(0).to(tl.int64)
+    pid = tl.program_id(0)
     channel_block = pid % channel_blocks
-    c = channel_block * CHANNELS + tl.arange(0, CHANNELS)
+    c = wide(channel_block) * CHANNELS + tl.arange(0, CHANNELS)
     stream = pid // channel_blocks
-    w = (stream % col_blocks) * WIDTH + tl.arange(0, WIDTH)
+    w = wide(stream % col_blocks) * WIDTH + tl.arange(0, WIDTH)
     band = stream // col_blocks
-    first = (band % row_blocks) * HEIGHT
-    image = band // row_blocks * H
+    first = wide(band % row_blocks) * HEIGHT
+    image = wide(band // row_blocks) * H
     last = tl.minimum(first + HEIGHT, H)
     inner = row_offset(w, C)[:, None] + c[None, :]
     mask = (w < W)[:, None] & (c < C)[None, :]
@@ -168,7 +169,7 @@ def _depthwise_bwd_kernel(
     tl.store(bias_out + row_offset(stream, C) + c, tl.sum(bias_sum, axis=0), mask=c < C)
 
 
-@triton.jit
+@kernel
 def _depthwise_bwd_weight_kernel(
     dz, x, taps_out, bias_out,
     C, H, W, row_blocks, col_blocks, channel_blocks,
@@ -179,13 +180,13 @@ def _depthwise_bwd_weight_kernel(
     So each row of x is loaded k times and each of dz once, for k * k products of every pixel.
     """
     P: tl.constexpr = K // 2
-    pid = tl.program_id(0).to(tl.int64)
-    c = (pid % channel_blocks) * CHANNELS + tl.arange(0, CHANNELS)
+    pid = tl.program_id(0)
+    c = wide(pid % channel_blocks) * CHANNELS + tl.arange(0, CHANNELS)
     stream = pid // channel_blocks
-    w = (stream % col_blocks) * WIDTH + tl.arange(0, WIDTH)
+    w = wide(stream % col_blocks) * WIDTH + tl.arange(0, WIDTH)
     band = stream // col_blocks
-    first = (band % row_blocks) * HEIGHT
-    image = band // row_blocks * H
+    first = wide(band % row_blocks) * HEIGHT
+    image = wide(band // row_blocks) * H
     last = tl.minimum(first + HEIGHT, H)
     inner = row_offset(w, C)[:, None] + c[None, :]
     mask = (w < W)[:, None] & (c < C)[None, :]
@@ -244,7 +245,7 @@ def _forward(
         K=k, BIAS=bias is not None, EPILOGUE=epilogue, FLIP=flip,
         HEIGHT=tile.height, WIDTH=tile.width, CHANNELS=tile.channels, ACC=acc_triton(x.dtype),
         # the slope of GELU takes registers that 7x7 does not have to spare
-        num_warps=tile.warps, maxnreg=None if epilogue == "dz" else tile.maxnreg,
+        num_warps=tile.warps, maxnreg=None if epilogue == "dz" and k > 3 else tile.maxnreg,
     )  # fmt: skip
     return y
 

@@ -42,6 +42,7 @@ from dico_kernels.kernels.common import (
     empty_acc,
     empty_image,
     gelu,
+    kernel,
     launch,
     load,
     load_operand,
@@ -66,7 +67,7 @@ def _moments(x, mask, count):
     return mean + left, tl.sum(d * d, axis=1) - left * left * count
 
 
-@triton.jit
+@kernel
 def _row_statistics_fwd_kernel(
     x, mean_out, rstd_out, M, C,
     EPS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, ACC: tl.constexpr,
@@ -121,7 +122,7 @@ def _of_sample(v, stride, n, c, cmask, samples, SAMPLES: tl.constexpr, BM: tl.co
     return x
 
 
-@triton.jit
+@kernel
 def _gemm_fwd_kernel(
     y, x, weight, bias, s, u, mean_in, rstd_in, mean_out, rstd_out, residual, gate, pre, row_parts, channel_parts,
     M, N, K, HW, samples, row_blocks, col_blocks, s_stride, bias_stride, gate_stride,

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from dico_kernels.kernels.common import acc_triton, empty_acc, launch, load, row_offset, store, summed_parts
+from dico_kernels.kernels.common import acc_triton, empty_acc, kernel, launch, load, row_offset, store, summed_parts
 from dico_kernels.kernels.tiles import pow2
 
 
-# The number of parts follows the image's size: a kernel for each divisor of it would be one for many sizes.
-@triton.jit(do_not_specialize=["count"])
+@kernel
 def _grn_scale_fwd_kernel(
     norm_at, squares, gamma, s,
     C, count,
@@ -31,7 +29,7 @@ def _grn_scale_fwd_kernel(
     store(s + at, 1.0 + load(gamma + c, mask, ACC) * (norm / mean), mask)
 
 
-@triton.jit(do_not_specialize=["count"])
+@kernel
 def _grn_scale_bwd_kernel(
     ds, norm_in, gamma, dgamma, through,
     C, count,

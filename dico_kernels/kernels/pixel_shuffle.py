@@ -17,6 +17,7 @@ from dico_kernels.kernels.common import (
     dot,
     empty_acc,
     empty_image,
+    kernel,
     launch,
     load,
     load_operand,
@@ -42,17 +43,17 @@ def _shuffled(m_first, BLOCK: tl.constexpr, C, H, W):
     return row_offset(row, C) * 4 + (y % 2) * 2 + x % 2
 
 
-@triton.jit
+@kernel
 def _pixel_shuffle_skip_fwd_kernel(
     up, skip, weight, bias, out,
     M, K, C, S, H, W, col_blocks,
     BIAS: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
-    first = pid // col_blocks * BM
+    pid = tl.program_id(0)
+    first = wide(pid // col_blocks) * BM
     m = first + tl.arange(0, BM)
-    k = (pid % col_blocks) * BN + tl.arange(0, BN)
+    k = wide(pid % col_blocks) * BN + tl.arange(0, BN)
     i = tl.arange(0, BK).to(tl.int64)
     mmask, kmask = (m < M)[:, None], (k < K)[None, :]
     acc = tl.zeros([BM, BN], ACC)
@@ -73,17 +74,17 @@ def _pixel_shuffle_skip_fwd_kernel(
     store(out + row_offset(m, K)[:, None] + k[None, :], acc, mmask & kmask)
 
 
-@triton.jit
+@kernel
 def _pixel_shuffle_skip_bwd_up_kernel(
     dy, weight, dup,
     M, K, C, S, H, W, col_blocks,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dup at BM pixels of `up` and BN shuffled channels: four products, one an output sub-pixel, interleaved."""
-    pid = tl.program_id(0).to(tl.int64)
-    first = pid // col_blocks * BM
+    pid = tl.program_id(0)
+    first = wide(pid // col_blocks) * BM
     m = first + tl.arange(0, BM)
-    c = (pid % col_blocks) * BN + tl.arange(0, BN)
+    c = wide(pid % col_blocks) * BN + tl.arange(0, BN)
     k = tl.arange(0, BK).to(tl.int64)
     pixels = wide(H) * W
     local = (first % pixels).to(tl.int32) + tl.arange(0, BM)
@@ -112,11 +113,11 @@ def _pixel_shuffle_skip_bwd_up_kernel(
         taps += BK * (wide(C) + S)
     # channel 4c + 2i + j: interleaved like this a thread writes whole runs, not every fourth element
     merged = tl.interleave(tl.interleave(s00, s10), tl.interleave(s01, s11))
-    q = (pid % col_blocks) * (BN * 4) + tl.arange(0, BN * 4)
+    q = wide(pid % col_blocks) * (BN * 4) + tl.arange(0, BN * 4)
     store(dup + row_offset(m, C)[:, None] * 4 + q[None, :], merged, mmask & (q < wide(C) * 4)[None, :])
 
 
-@triton.jit
+@kernel
 def _pixel_shuffle_skip_bwd_weight_kernel(
     dy, up, skip, part,
     M, K, C, S, H, W, k_blocks, c_blocks, s_blocks,
@@ -124,11 +125,11 @@ def _pixel_shuffle_skip_bwd_weight_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """CHUNK pixels' share of dweight, at BM outputs by BN inputs, first those in `up`, then in skip."""
-    pid = tl.program_id(0).to(tl.int64)
-    block = pid % (c_blocks + s_blocks)
+    pid = tl.program_id(0)
+    block = wide(pid % (c_blocks + s_blocks))
     pid = pid // (c_blocks + s_blocks)
-    k = (pid % k_blocks) * BM + tl.arange(0, BM)
-    chunk = pid // k_blocks
+    k = wide(pid % k_blocks) * BM + tl.arange(0, BM)
+    chunk = wide(pid // k_blocks)
     i = tl.arange(0, BK)
     kmask = (k < K)[:, None]
     acc = tl.zeros([BM, BN], ACC)

@@ -6,7 +6,6 @@ type.
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -20,11 +19,13 @@ from dico_kernels.kernels.common import (
     empty_acc,
     empty_image,
     gelu_grad,
+    kernel,
     launch,
     load,
     rounded,
     row_offset,
     store,
+    wide,
 )
 from dico_kernels.kernels.common import (
     gelu as gelu_of,
@@ -32,17 +33,17 @@ from dico_kernels.kernels.common import (
 from dico_kernels.kernels.tiles import band_tile
 
 
-@triton.jit
+@kernel
 def _gelu_fwd_kernel(
     x, y, sums_out,
     C, HW, row_blocks, col_blocks,
     SQUARES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SPAN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
-    c = (pid % col_blocks) * COLS + tl.arange(0, COLS)
+    pid = tl.program_id(0)
+    c = wide(pid % col_blocks) * COLS + tl.arange(0, COLS)
     band = pid // col_blocks
-    n = band // row_blocks
-    first = (band % row_blocks) * SPAN
+    n = wide(band // row_blocks)
+    first = wide(band % row_blocks) * SPAN
     sums = tl.zeros([ROWS, COLS], ACC)
     for step in range(0, SPAN, ROWS):
         r = first + step + tl.arange(0, ROWS)
@@ -57,18 +58,18 @@ def _gelu_fwd_kernel(
         tl.store(sums_out + row_offset(band, C) + c, tl.sum(sums, axis=0), mask=c < C)
 
 
-@triton.jit
+@kernel
 def _gelu_bwd_kernel(
     dy, x, s, r_scale, dx, y, sums_out,
     C, HW, row_blocks, col_blocks,
     AFFINE: tl.constexpr, KEEP: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, SPAN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
-    c = (pid % col_blocks) * COLS + tl.arange(0, COLS)
+    pid = tl.program_id(0)
+    c = wide(pid % col_blocks) * COLS + tl.arange(0, COLS)
     band = pid // col_blocks
-    n = band // row_blocks
-    first = (band % row_blocks) * SPAN
+    n = wide(band // row_blocks)
+    first = wide(band % row_blocks) * SPAN
     cmask = (c < C)[None, :]
     sums = tl.zeros([ROWS, COLS], ACC)
     for step in range(0, SPAN, ROWS):

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dico_kernels.kernels.common import acc_triton, cdiv, launch, row_offset, store
+from dico_kernels.kernels.common import acc_triton, cdiv, kernel, launch, row_offset, store
 
 _SLOTS = 9  # as many as FCDM's backward wants
 # Rows by columns at a time: a sum over the whole batch is a few hundred rows long in few programs, each of which waits
@@ -38,8 +38,7 @@ def _add(
     store(out + row_offset(group, C) + c, tl.sum(sums, axis=0), c < C)
 
 
-# Counts and programs follow the batch: a kernel for each divisor of theirs would be one for every batch.
-@triton.jit(do_not_specialize=[f"{name}{i}" for i in range(_SLOTS) for name in ("n", "e")])
+@kernel
 def _add_up_kernel(
     p0, p1, p2, p3, p4, p5, p6, p7, p8, o0, o1, o2, o3, o4, o5, o6, o7, o8,
     n0, n1, n2, n3, n4, n5, n6, n7, n8, c0, c1, c2, c3, c4, c5, c6, c7, c8, e0, e1, e2, e3, e4, e5, e6, e7, e8,

@@ -124,9 +124,9 @@ def depthwise_tile(n: int, c: int, h: int, w: int, k: int, dtype: torch.dtype) -
     height = _STREAM
     while height > 2 and warps * n * -(-c // channels) * -(-w // width) * -(-h // height) < _BUSY:
         height //= 2
-    # 7x7 takes some 154 registers by itself. Held to the limit it reads one of them back in each row, of 175
-    # instructions; 9x9 would a hundred.
-    limited = k == 7 and dtype != torch.float64
+    # 3x3 takes up to 159 registers by itself, and spills none or two when held to the limit, outside of its loop. 7x7
+    # takes some 154, and then reads one back in each row, of 175 instructions; 9x9 would a hundred.
+    limited = k in (3, 7) and dtype != torch.float64
     return DepthwiseTile(height, width, channels, warps, _TWO_PROGRAMS if limited else None)
 
 
@@ -203,6 +203,9 @@ def pointwise_tile(m: int, n: int, k: int, dtype: torch.dtype, capability: int, 
         # a prologue in float32 or GELU.
         warps = 8 if big and heavy else 4
         return PointwiseTile(side_m, side_n, min(pow2(k), 64), warps, 3, 128 if warps == 8 else None, True)
+    if k * dtype.itemsize % 16 != 0:
+        # Such rows are loaded an element at a time, each by an address of its own: half as many a thread.
+        return PointwiseTile(min(side_m, 64), side_n, min(max(pow2(k), 16), 32), 8 if side_n == 128 else 4, 3)
     depth = min(max(pow2(k), 16), 32 if big else 64)
     return PointwiseTile(side_m, side_n, depth, 8 if big else 4, 3)
 

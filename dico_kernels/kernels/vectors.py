@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import MutableMapping, Sequence
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
@@ -21,6 +20,7 @@ from dico_kernels.kernels.common import (
     dot,
     element_triton,
     empty_acc,
+    kernel,
     launch,
     load,
     load_operand,
@@ -33,7 +33,7 @@ from dico_kernels.kernels.common import (
 from dico_kernels.kernels.tiles import vector_tile
 
 
-@triton.jit
+@kernel
 def _vectors_fwd_kernel(
     y, x, weight, bias, mean,
     B, N, K, pixels, row_blocks, col_blocks,
@@ -117,16 +117,15 @@ def channel_attention(sums: Tensor, pixels: int, weight: Tensor, bias: Tensor | 
     return mean, attention
 
 
-# The number of parts follows the image's size: a kernel for each divisor of it would be one for many sizes.
-@triton.jit(do_not_specialize=["parts"])
+@kernel
 def _attention_bwd_kernel(
     dattention, attention, pooled, dlogits, low, low_share, low_pooled,
     C, pixels, parts, blocks,
     PARTS: tl.constexpr, COLS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
-    n = pid // blocks
-    c = (pid % blocks) * COLS + tl.arange(0, COLS)
+    pid = tl.program_id(0)
+    n = wide(pid // blocks)
+    c = wide(pid % blocks) * COLS + tl.arange(0, COLS)
     mask = c < C
     d = summed_parts(dattention, n, parts, C, c, PARTS, ACC)
     at = row_offset(n, C) + c
