@@ -241,11 +241,11 @@ PYBIND11_MODULE(_C, m) {
                                                       threads);
     });
     using PW = dico::PointwiseArgs;
-    bind_rows(m, "pointwise", &Kernels::pointwise, &PW::x, &PW::packed, &PW::bias, &PW::shift, &PW::scale,
-              &PW::mean, &PW::rstd, &PW::s, &PW::plus, &PW::then, &PW::then_bias, &PW::gate, &PW::residual,
-              &PW::before, &PW::y, &PW::squares, &PW::partial, &PW::scratch, &PW::outputs, &PW::then_outputs,
-              &PW::parts, &PW::gelu, &PW::shift_stride, &PW::scale_stride, &PW::gate_stride, &PW::eps,
-              &PW::wide_stream);
+    bind_rows(m, "pointwise", &Kernels::pointwise, &PW::x, &PW::skip, &PW::packed, &PW::bias, &PW::shift,
+              &PW::scale, &PW::mean, &PW::rstd, &PW::s, &PW::plus, &PW::then, &PW::then_bias, &PW::gate,
+              &PW::residual, &PW::before, &PW::y, &PW::squares, &PW::partial, &PW::scratch, &PW::outputs,
+              &PW::then_outputs, &PW::parts, &PW::skip_channels, &PW::gelu, &PW::shift_stride, &PW::scale_stride,
+              &PW::gate_stride, &PW::eps, &PW::wide_stream);
 
     py::class_<dico::Recording>(m, "Recording")
         .def(py::init<size_t>())

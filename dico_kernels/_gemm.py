@@ -92,6 +92,7 @@ def pointwise(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
+    skip: Tensor | None = None,
     kept: Tensor | None = None,
     frozen: bool = True,
     shift: Tensor | None = None,
@@ -113,6 +114,8 @@ def pointwise(
         x: (N, C, H, W), channels_last, of weight's dtype; with adaLN also float32 beside a 16-bit weight.
         weight: (K, C) or (K, C, 1, 1), in any strides.
         bias: (K,) or None.
+        skip: (N, S, 2H, 2W): cat[PixelShuffle(2)(x), skip] is multiplied, of x (N, 4C, H, W), with nothing else
+            before or behind it than the bias.
         kept: pack(weight), where the caller has it.
         frozen: what was kept of the weights in this layout is used while it is valid.
         shift: (N, C) or (1, C), with scale: adaLN of x is multiplied.
@@ -133,7 +136,19 @@ def pointwise(
     """
     image("x", x)
     n, c, h, w = x.shape
+    images, pixels, skipped = n, h * w, 0
     dtype = weight.dtype
+    if skip is not None:
+        if any(v is not None for v in (shift, s, then, gate)) or gelu or keep or squares:
+            raise ValueError("expected nothing but a bias with skip")
+        image("skip", skip)
+        kind("skip", skip, dtype, x.device)
+        skipped = skip.shape[1]
+        if c % 4:
+            raise ValueError(f"x has {c} channels: expected a multiple of 4 with skip")
+        if tuple(skip.shape) != (n, skipped, 2 * h, 2 * w):
+            raise ValueError(f"skip has shape {tuple(skip.shape)}: expected ({n}, S, {2 * h}, {2 * w})")
+        c, images, pixels = c // 4 + skipped, n * h, 4 * w
     outputs = last = _outputs("weight", weight, bias, c, dtype, x.device)
     if then is not None:
         last = _outputs("then", *then, outputs, dtype, x.device)
@@ -167,9 +182,9 @@ def pointwise(
             raise ValueError(f"residual has dtype {residual.dtype}: expected x's, {x.dtype}")
     else:
         gate_stride = 0
-    block = _block_rows(n, h * w, c + (0 if then is None else outputs), weight.element_size())
+    block = _block_rows(images, pixels, c + (0 if then is None else outputs), weight.element_size())
     # Where images are too small to occupy the threads by themselves, so are their outputs divided.
-    blocks, threads = n * -(-h * w // block), torch.get_num_threads()
+    blocks, threads = images * -(-pixels // block), torch.get_num_threads()
     parts = 1 if blocks >= threads or not blocks else -(-threads // blocks)
     if then is not None and parts > 1:
         alone = pointwise(
@@ -177,7 +192,10 @@ def pointwise(
             keep=keep, frozen=frozen,
         )  # fmt: skip
         return alone._replace(y=pointwise(alone.y, *then, frozen=frozen, gate=gate, residual=residual).y)
-    y = _image(x, outputs, dtype) if residual is None else torch.empty_like(residual, memory_format=torch.channels_last)
+    if residual is None:
+        y = _image(x if skip is None else skip, outputs, dtype)
+    else:
+        y = torch.empty_like(residual, memory_format=torch.channels_last)
     before = _image(x, outputs, dtype) if keep else None
     if shift is not None and statistics:
         mean, rstd = reduced(x, n, h, w), reduced(x, n, h, w)
@@ -192,9 +210,9 @@ def pointwise(
     size = extension().pointwise_scratch(DTYPES[dtype], threads, c, hidden, block)
     scratch = SCRATCH.of(size)
     call(
-        "pointwise", x, n, h * w, c, block, x, matrix, bias, shift, scale, mean, rstd, s, plus, second, then_bias, gate,
-        residual, before, y, sums, partial, scratch, outputs, last, parts, int(gelu), *strides, gate_stride, eps, wide,
-        dtype=dtype,
+        "pointwise", x, images, pixels, c, block, x, skip, matrix, bias, shift, scale, mean, rstd, s, plus, second,
+        then_bias, gate, residual, before, y, sums, partial, scratch, outputs, last, parts, skipped, int(gelu),
+        *strides, gate_stride, eps, wide, dtype=dtype,
     )  # fmt: skip
     return Product(y, before, mean, rstd, sums)
 

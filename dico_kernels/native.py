@@ -23,7 +23,7 @@ from dico_kernels._gemm import multiplies as multiplies
 from dico_kernels._gemm import pointwise as pointwise
 from dico_kernels._linear import from_rows, linear, rows
 from dico_kernels._memory import DTYPES, dense, image, kind, like, reduced, row_blocks, vector, wide_stream
-from dico_kernels._packed import ONEDNN, bytes_of, packed
+from dico_kernels._packed import ONEDNN, packed
 from dico_kernels._vectors import channel_attention as channel_attention
 from dico_kernels._vectors import conditioning as conditioning
 from dico_kernels.dtypes import accumulation_dtype
@@ -363,26 +363,24 @@ def _shuffle_chunks(up: Tensor, wide: int) -> Iterator[tuple[slice, slice, Tenso
         yield slice(first, end), slice(4 * width * first, 4 * width * end), scratch[: 4 * width * (end - first)]
 
 
-def pixel_shuffle_skip(up: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def pixel_shuffle_skip(up: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | None, own: bool = True) -> Tensor:
     """1x1 convolution of cat[PixelShuffle(2)(up), skip]: up (N, 4C, H, W), skip (N, S, 2H, 2W), weight (K, C+S, 1, 1).
 
-    The concatenation exists only a few rows at a time.
+    The concatenation exists a few rows at a time, or with own, where our product is the faster one, nowhere.
     """
     small, large, matrix = _shuffle_views(up, skip, weight)
     k, wide = matrix.shape
     if bias is not None:
         dense("bias", bias, (k,), up.dtype, up.device)
-    # Unpacked, oneDNN takes no longer than our product and the packing before it.
-    own = multiplies(weight) and bytes_of(weight) is not None
+    own = own and multiplies(weight)
     out, kept = None, packed(weight, form() if own else ONEDNN)
-    own = own and kept is not None
+    # Ours joins nothing; but to pack a weight for it takes longer than that saves where the pixels are few.
+    if own and (kept is not None or large.shape[0] * large.shape[1] >= 2 * k):
+        return pointwise(up, weight, bias, skip=skip, kept=kept, frozen=False).y
     for part, pixels, cat in _shuffle_chunks(small, wide):
         sizes = (part.stop - part.start, small.shape[1], small.shape[2] // 4, large.shape[2])
         call("shuffle_gather", up, small[part], large[part], cat, *sizes)
-        if own:
-            product = rows(pointwise(cat[None, :, None].permute(0, 3, 1, 2), weight, bias, kept=kept).y)
-        else:
-            product = linear(cat, matrix if kept is None else kept, bias)
+        product = linear(cat, matrix if kept is None else kept, bias)
         if part.stop - part.start == small.shape[0]:
             return from_rows(product, skip)
         if out is None:

@@ -67,6 +67,12 @@ BUGS = {
         "copy_operand<T>(at, from + n * a.output_stride + k);",
         "test_gemm.py::test_packed_weights_multiply_to_the_same_bits",
     ),
+    "a pixel's right neighbour gathered from its left": (
+        "gemm.h",
+        "copy_operand<T>(right + c, from + 4 * c + 1);",
+        "copy_operand<T>(right + c, from + 4 * c);",
+        "test_pixel_shuffle.py::test_gathered_inside_the_product",
+    ),
     "the gate's part of a scale's gradient forgotten": (
         "pointwise.h",
         "column += weighted * by[r];",
@@ -86,6 +92,8 @@ BUGS = {
         "test_pixel_shuffle.py::test_moves_elements_exactly",
     ),
 }
+
+pytestmark = pytest.mark.xdist_group("native mutations")  # one process builds for all
 
 
 @pytest.fixture(scope="module")

@@ -206,13 +206,45 @@ DICO_INLINE void product(const operand_t<T>* a, int64_t stride, int64_t rows, co
     }
 }
 
+// Rows of cat[PixelShuffle2(up), skip], for the two rows of pixels that one of up becomes: pixels [first, end).
+// Pixel 2w + j of row i has the elements 4c + 2i + j of up's pixel w, so two neighbours are read at a time.
+template <class T>
+DICO_INLINE void shuffled_rows(const T* up, const T* skip, int64_t width, int64_t channels, int64_t skip_channels,
+                               int64_t first, int64_t end, operand_t<T>* to, int64_t stride) {
+    for (int64_t pixel = first; pixel < end;) {
+        const int64_t i = pixel / (2 * width), j = pixel % 2;
+        const T* from = up + pixel % (2 * width) / 2 * 4 * channels + 2 * i + j;
+        operand_t<T>* left = to + (pixel - first) * stride;
+        if (j == 0 && pixel + 1 < end) {
+            operand_t<T>* right = left + stride;
+            for (int64_t c = 0; c < channels; ++c) {
+                copy_operand<T>(left + c, from + 4 * c);
+                copy_operand<T>(right + c, from + 4 * c + 1);
+            }
+            pixel += 2;
+        } else {
+            for (int64_t c = 0; c < channels; ++c) copy_operand<T>(left + c, from + 4 * c);
+            ++pixel;
+        }
+    }
+    for (int64_t pixel = first; pixel < end; ++pixel) {
+        operand_t<T>* row = to + (pixel - first) * stride + channels;
+        for (int64_t c = 0; c < skip_channels; ++c) copy_operand<T>(row + c, skip + pixel * skip_channels + c);
+    }
+}
+
 // The rows of a block as the product takes them.
 template <class S, class T>
 DICO_INLINE void prepare(const PointwiseArgs& a, int64_t image, int64_t row, int64_t rows, operand_t<T>* to,
                          int64_t stride, bool keep) {
     using A = acc_t<T>;
     const int64_t at = row * a.channels;
-    if (a.shift) {
+    if (a.skip) {
+        const int64_t width = a.rows / 4, channels = a.channels - a.skip_channels, first = row - image * a.rows;
+        shuffled_rows<T>(static_cast<const T*>(a.x) + image * width * 4 * channels,
+                         static_cast<const T*>(a.skip) + image * a.rows * a.skip_channels, width, channels,
+                         a.skip_channels, first, first + rows, to, stride);
+    } else if (a.shift) {
         const S* x = static_cast<const S*>(a.x) + at;
         const T* shift = static_cast<const T*>(a.shift) + image * a.shift_stride;
         const T* scale = static_cast<const T*>(a.scale) + image * a.scale_stride;
@@ -251,7 +283,8 @@ static void pointwise_typed(const PointwiseArgs& a, int threads) {
     const int64_t own_stride = row_stride_of<T>(a.channels), hidden_stride = row_stride_of<T>(a.outputs);
     const int64_t scratch = a.block_rows * (own_stride + (a.then ? hidden_stride : 0));
     // With nothing before it the product reads x where it lies, if rows end with a pair and have a factor's type.
-    const bool direct = !a.shift && !a.s && sizeof(E) == sizeof(T) && depth_of<T>(a.channels) == a.channels;
+    const bool direct =
+        !a.skip && !a.shift && !a.s && sizeof(E) == sizeof(T) && depth_of<T>(a.channels) == a.channels;
     const int64_t stride = direct ? a.channels : own_stride;
     const S* residual = static_cast<const S*>(a.residual);
     T* before = static_cast<T*>(a.before);

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
+from dico_kernels import native
 from dico_kernels.ops import _checks as check
-from dico_kernels.ops._backends import select
+from dico_kernels.ops._backends import multiplies_natively, select
 from dico_kernels.ops._library import only_needed, register
 from dico_kernels.ops._sums import gradients
 
@@ -30,9 +32,10 @@ def _forward(up: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | None) -> T
     if up.shape[0] == 0:
         return check.empty_image(up, weight.shape[0], 2)
     four = weight.contiguous() if weight.ndim == 4 else check.matrix(weight)[:, :, None, None]
-    y: Tensor = select("pixel_shuffle_skip", up)(
-        check.channels_last(up), check.channels_last(skip), four, check.dense(bias)
-    )
+    kernel = select("pixel_shuffle_skip", up)
+    if kernel is native.pixel_shuffle_skip:
+        kernel = partial(kernel, own=multiplies_natively(four, up))
+    y: Tensor = kernel(check.channels_last(up), check.channels_last(skip), four, check.dense(bias))
     return y
 
 

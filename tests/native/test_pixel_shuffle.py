@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support import rel_rms
 
-from dico_kernels import native
+from dico_kernels import _gemm, native
 from dico_kernels.dtypes import accumulation_dtype
 from dico_kernels.reference import functional as F
 
@@ -40,9 +41,42 @@ def test_against_float64(isa, case, dtype, image, check):
 def test_in_chunks(isa, dtype, image, check, monkeypatch):
     """Chunks that divide neither the image nor the batch; as small as a row; and whole."""
     args, dy = inputs((2, 12, 5, 4, 7, 6), dtype, image)
+    monkeypatch.setattr(native, "multiplies", lambda weight: False)  # for our products nothing is joined
     for size in (1, 3000, 1 << 22):
         monkeypatch.setattr(native, "_CHUNK_BYTES", size)
         check(evaluate(args, dy), F.pixel_shuffle_skip, args, [dy])
+
+
+# rows of 100 and 132 pixels, which are blocks of 50 and 66, and of 196, which begin and end within a pair
+@pytest.mark.parametrize("case", [*CASES, (1, 9, 2, 25, 4, 66), (2, 40, 1, 33, 24, 70), (1, 7, 1, 49, 5, 3)], ids=str)
+def test_gathered_inside_the_product(isa, case, dtype, image, monkeypatch):
+    """Our product, also of what is left to the library's here; with the identity as weight its operand itself."""
+    (up, skip, weight, bias), _ = inputs(case, dtype, image)
+    exact = F.pixel_shuffle_skip(*(v.double() for v in (up, skip, weight, bias)))
+    y = native.pointwise(up, weight, bias, skip=skip).y
+    assert y.dtype == dtype
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert rel_rms(y, exact) <= {torch.float64: 1e-14, torch.float32: 1e-6}.get(dtype, 1.3 * torch.finfo(dtype).eps / 2)
+    joined = torch.cat([torch.nn.functional.pixel_shuffle(up, 2), skip], 1)
+    same = torch.eye(joined.shape[1], dtype=dtype)[:, :, None, None].contiguous()
+    for rows in (_gemm._ROWS, (7, 7)):
+        monkeypatch.setattr(_gemm, "_ROWS", rows)
+        assert torch.equal(native.pointwise(up, same, skip=skip).y, joined)
+
+
+def test_what_the_gathering_product_refuses(image):
+    (up, skip, weight, bias), _ = inputs((2, 5, 3, 7, 3, 4), torch.float32, image)
+    gate = torch.zeros(2, 4)
+    for arguments, options, named in [
+        ((up, weight, bias), {"skip": skip[:, :, :2].contiguous(memory_format=torch.channels_last)}, "skip has shape"),
+        ((up, weight, bias), {"skip": skip.double()}, "skip is"),
+        ((up, weight[:, :7], bias), {"skip": skip}, "weight has shape"),
+        ((skip, weight, bias), {"skip": skip}, "x has 3 channels"),
+        ((up, weight, bias), {"skip": skip, "gelu": True}, "nothing but a bias"),
+        ((up, weight, bias), {"skip": skip, "gate": gate, "residual": skip}, "nothing but a bias"),
+    ]:
+        with pytest.raises(ValueError, match=named):
+            native.pointwise(*arguments, **options)
 
 
 def test_the_default_device_does_not_matter(image, monkeypatch):

@@ -228,6 +228,8 @@ struct PackArgs {
 // `then`. x is (images, rows, channels).
 struct PointwiseArgs : Image {
     const void* x;
+    const void* skip;  // x is up, see PixelShuffleArgs, and an image one of its rows: (images, rows,
+                       // skip_channels), which of the channels are the last; or null
     const void* packed;
     const void* bias;   // (outputs), or null
     const void* shift;  // of adaLN, with scale; or null
@@ -248,6 +250,7 @@ struct PointwiseArgs : Image {
     int64_t outputs;
     int64_t then_outputs;
     int64_t parts;  // of the outputs, each a unit of work: 1 with `then`
+    int64_t skip_channels;
     int64_t gelu;
     int64_t shift_stride;
     int64_t scale_stride;
