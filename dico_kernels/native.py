@@ -375,7 +375,7 @@ def pixel_shuffle_skip(up: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | 
     own = own and multiplies(weight)
     out, kept = None, packed(weight, form() if own else ONEDNN)
     # Ours joins nothing; but to pack a weight for it takes longer than that saves where the pixels are few.
-    if own and (kept is not None or large.shape[0] * large.shape[1] >= 2 * k):
+    if own and (kept is not None or 4 * large.shape[0] * large.shape[1] >= k):
         return pointwise(up, weight, bias, skip=skip, kept=kept, frozen=False).y
     for part, pixels, cat in _shuffle_chunks(small, wide):
         sizes = (part.stop - part.start, small.shape[1], small.shape[2] // 4, large.shape[2])

@@ -66,10 +66,21 @@ def register(
     checked = _refuse_forward_mode(name, op)
 
     def call(*args: Any) -> Any:
-        # Who records wants to see what the kernel does, and has made sure that nothing else takes part.
-        return kernel(*args) if not torch.compiler.is_compiling() and is_recording() else checked(*args)
+        # Who records wants to see what the kernel does, and has made sure that nothing else takes part. Where nothing
+        # else does, the dispatcher would come to the same kernel, by way of 4 to 6 us more of Python.
+        if not torch.compiler.is_compiling() and (is_recording() or _comes_to_the_kernel(args)):
+            return kernel(*args)
+        return checked(*args)
 
     return call
+
+
+def _comes_to_the_kernel(args: tuple[Any, ...]) -> bool:
+    """Whether nobody looks on at a call with these arguments, and there is a kernel for their device."""
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    if not only_numbers(*tensors) or torch.autograd._profiler_enabled():
+        return False
+    return tensors[0].device.type in _AUTOCAST_KEYS and not torch._C._len_torch_function_stack()
 
 
 _PLAIN = {Tensor, torch.nn.Parameter}

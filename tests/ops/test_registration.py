@@ -9,6 +9,8 @@ import torch
 from ops_cases import CASES, outputs_and_gradients, tuple_of
 from support import rel_rms
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dico_kernels as dk
 
@@ -126,6 +128,34 @@ def test_outputs_may_be_changed_in_place(case, backend, device):
     changed = outputs_and_gradients(lambda *a: tuple(o.mul_(3) for o in tuple_of(case.op(*a))), arguments)
     for a, b in zip(changed, plain, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_who_looks_on_sees_every_op(case, gradients):
+    """A call that nobody watches goes past the dispatcher, one that somebody does may not."""
+    seen = []
+
+    class Modes(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            seen.append(str(op))
+            return op(*args, **(kwargs or {}))
+
+    class Functions(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    arguments = [a.float().requires_grad_(gradients) for a in case.arguments((2, 4, 3, 3))]
+    with torch.no_grad():
+        expected = case.op(*arguments)
+        for watch in (Modes(), Functions(), torch.autograd.profiler.profile()):
+            seen.clear()
+            with watch:
+                found = case.op(*arguments)
+            if not seen:
+                seen += [e.name for e in watch.function_events]
+            assert any(f"dico_kernels.{case.name}" in name.replace("::", ".") for name in seen), seen
+            assert all(map(torch.equal, tuple_of(found), tuple_of(expected)))
 
 
 def test_gradients_nobody_asked_for_are_none(case):
