@@ -78,7 +78,7 @@ def register(
 def _comes_to_the_kernel(args: tuple[Any, ...]) -> bool:
     """Whether nobody looks on at a call with these arguments, and there is a kernel for their device."""
     tensors = [a for a in args if isinstance(a, Tensor)]
-    if not only_numbers(*tensors) or torch.autograd._profiler_enabled():
+    if not only_numbers(*tensors) or torch._C._autograd._profiler_enabled():
         return False
     return tensors[0].device.type in _AUTOCAST_KEYS and not torch._C._len_torch_function_stack()
 
@@ -100,7 +100,7 @@ def only_numbers(x: Any, *more: Any) -> bool:
 def autocasting(x: Tensor) -> bool:
     """Whether autocast is on for x's kind of device."""
     device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return device in _AUTOCAST_KEYS and torch.is_autocast_enabled(device)
 
 
 def _autocast(op: Op, device: str, key: str, policy: str | None) -> Op:
