@@ -12,6 +12,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def is_count(name: str) -> bool:
 
 
 def kernel(function: Callable[..., None]) -> Any:
-    """triton.jit of a kernel, compiled once for all batches and sizes of images.
+    """triton.jit of a kernel that is not compiled anew for another number of samples, or of blocks of anything.
 
     Triton compiles anew where an integer argument becomes 1, or a multiple of 16 or none. Addresses gain by that in
     what rows are long and apart (C, N, K, S and strides), and nothing does in counts.
@@ -250,12 +251,18 @@ def multiplies_by_wgmma(x: Tensor) -> bool:
 _COMPILED: dict[tuple[Any, ...], tuple[Any, Any, tuple[Any, ...]]] = {}
 
 
-def _specialised(v: Tensor | TensorDescriptor | float | None) -> Any:
+@cache
+def _counts(kernel: Any) -> tuple[bool, ...]:
+    return tuple(map(is_count, kernel.arg_names))
+
+
+def _specialised(v: Tensor | TensorDescriptor | float | None, count: bool) -> Any:
     """What Triton compiles a kernel anew for, of an argument."""
     if isinstance(v, Tensor):
         return v.dtype, v.data_ptr() % 16 == 0
     if isinstance(v, int):
-        return v == 1, v % 16 == 0, -(2**31) <= v < 2**31
+        small = -(2**31) <= v < 2**31
+        return small if count else (v == 1, v % 16 == 0, small)
     if isinstance(v, TensorDescriptor):
         return v.base.dtype, *v.block_shape
     return type(v)
@@ -285,7 +292,10 @@ def launch(
     with torch.cuda.device(x.device) if elsewhere else contextlib.nullcontext():
         nvidia = _on_nvidia(x)  # to AMD's compiler pointers have one property more
         options = (num_warps, num_stages, maxnreg)
-        key = (id(kernel), x.device.index, options, *constants.items(), *map(_specialised, args)) if nvidia else ()
+        key: tuple[Any, ...] = ()
+        if nvidia:
+            specialised = map(_specialised, args, _counts(kernel))
+            key = (id(kernel), x.device.index, options, *constants.items(), *specialised)
         if (found := _COMPILED.get(key)) is not None:
             found[1][(programs, 1, 1)](*args, *found[2])
             return

@@ -163,10 +163,11 @@ def backend(name: str, strict: bool = False, products: str = "auto") -> Iterator
         name: "triton", "native" (C++ on the CPU), "cuda" (C++ on a GPU), "reference" (plain PyTorch), or "auto".
         strict: raise BackendError where that backend cannot run an op. Otherwise the op falls back in auto's order,
             with one warning. With "auto", strict refuses the reference.
-        products: who multiplies in conv_half, ffn_half, fcdm_block and layers that pack() found: "library" (cuBLAS,
-            oneDNN), "fused" (the backend's own product with everything around it inside; Triton and native have one),
-            "mixed" (of Triton's: its own where GELU or a gate comes behind, adaLN by itself and the library's product
-            behind that), or "auto": native's where it is known to be as fast, else the library.
+        products: who multiplies in conv_half, ffn_half, fcdm_block, native's pixel_shuffle_skip and layers that
+            pack() found: "library" (cuBLAS, oneDNN), "fused" (the backend's own product with everything around it
+            inside; Triton and native have one), "mixed" (of Triton's: its own where GELU or a gate comes behind, adaLN
+            by itself and the library's product behind that), or "auto": native's where it is known to be as fast, else
+            the library. pixel_shuffle_skip's is native's own only where it is known to be as fast.
 
     Raises:
         ValueError: an unknown name.

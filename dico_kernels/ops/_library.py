@@ -8,6 +8,7 @@ twice would only warn, and a gradient penalty would come out as if it were absen
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -76,11 +77,27 @@ def register(
 
 
 def _comes_to_the_kernel(args: tuple[Any, ...]) -> bool:
-    """Whether nobody looks on at a call with these arguments, and there is a kernel for their device."""
+    """Whether nobody looks on at a call with these arguments, and the dispatcher has nothing to do for them."""
     tensors = [a for a in args if isinstance(a, Tensor)]
-    if not only_numbers(*tensors) or torch._C._autograd._profiler_enabled():
+    if not tensors or not only_numbers(*tensors) or torch._C._autograd._profiler_enabled():
         return False
-    return tensors[0].device.type in _AUTOCAST_KEYS and not torch._C._len_torch_function_stack()
+    device = tensors[0].device.type
+    if device not in _AUTOCAST_KEYS or torch._C._len_torch_function_stack():
+        return False
+    plain = _plain_keys(device)
+    if not all(torch._C._dispatch_keys(t).raw_repr() in plain for t in tensors):
+        return False
+    return all(isinstance(a, (Tensor, int, float, type(None))) for a in args)
+
+
+@cache
+def _plain_keys(device: str) -> set[int]:
+    """The dispatch keys of tensors that are their memory: not sparse, negated, all zero, or batched by torch.vmap."""
+    found = set()
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            found.add(torch._C._dispatch_keys(torch.empty(0, device=device)).raw_repr())
+    return found
 
 
 _PLAIN = {Tensor, torch.nn.Parameter}

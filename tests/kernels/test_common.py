@@ -273,6 +273,14 @@ def test_what_was_compiled_is_called_again(monkeypatch):
         launch(**other)
         assert len(kernel.compiled) == count, other
     assert all(len(c.calls) == 1 for *_, c in kernel.compiled[1:])
+    # a count is a count, whatever divides it
+    kernel = Kernel()
+    kernel.arg_names = ("x", "samples", *Kernel.arg_names[2:])
+    for n in (7, 1, 16, 9):
+        launch(n=n)
+    assert len(kernel.compiled) == 1
+    launch(n=2**31)
+    assert len(kernel.compiled) == 2
 
 
 def test_the_interpreter_keeps_nothing(device, monkeypatch):

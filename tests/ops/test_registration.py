@@ -158,6 +158,29 @@ def test_who_looks_on_sees_every_op(case, gradients):
             assert all(map(torch.equal, tuple_of(found), tuple_of(expected)))
 
 
+@pytest.mark.parametrize("kind", ["negated", "zero"])
+def test_tensors_that_are_not_their_memory(kind):
+    x, branch, gate = torch.randn(1, 1, 1, 1), torch.randn(1, 1, 1, 1), torch.randn(1, 1)
+    other = torch._neg_view(gate) if kind == "negated" else torch._efficientzerotensor(1, 1)
+    with torch.no_grad():
+        y = dk.ops.gated_residual(x, branch, other)
+    assert torch.equal(y, x - gate[:, :, None, None] * branch if kind == "negated" else x)
+
+
+def test_batched_gradients():
+    x, branch, gate = (torch.randn(s, requires_grad=True) for s in ((2, 3, 4, 4), (2, 3, 4, 4), (2, 3)))
+    y, many = dk.ops.gated_residual(x, branch, gate), torch.randn(3, 2, 3, 4, 4)
+    found = torch.autograd.grad(y, (x, branch, gate), many, is_grads_batched=True, retain_graph=True)
+    for i, one in enumerate(many):
+        expected = torch.autograd.grad(y, (x, branch, gate), one, retain_graph=True)
+        assert all(rel_rms(a[i], b) < 1e-6 for a, b in zip(found, expected, strict=True))
+
+
+def test_no_tensors_are_refused_by_the_schema(case):
+    with torch.no_grad(), pytest.raises(RuntimeError, match=case.name):
+        case.op(*([1.0],) * len(case.arguments((2, 4, 3, 3))))
+
+
 def test_gradients_nobody_asked_for_are_none(case):
     arguments = [a.float() for a in case.arguments((2, 4, 3, 3))]
     for index in range(len(arguments)):
