@@ -53,11 +53,12 @@ def layouts() -> dict[str, dict[str, list[int]]]:
 
 
 def run_python(*args: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """A fresh interpreter with this environment's packages."""
+    """A fresh interpreter with this environment's packages; no worker of a parallel run, whose benchmarks are off."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     return subprocess.run(
         [sys.executable, *args],
         cwd=cwd,
-        env={**os.environ, **env},
+        env={**inherited, **env},
         capture_output=True,
         text=True,
         timeout=600,

@@ -93,8 +93,6 @@ BUGS = {
     ),
 }
 
-pytestmark = pytest.mark.xdist_group("native mutations")  # one process builds for all
-
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory):

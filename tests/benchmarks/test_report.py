@@ -13,8 +13,6 @@ from dico_kernels.benchmarks import report
 
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 
-pytestmark = pytest.mark.xdist_group("report")  # one process measures for all
-
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
