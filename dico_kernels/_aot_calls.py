@@ -83,9 +83,8 @@ def every_launcher(dtype: torch.dtype, n: int, c: int, size: int) -> Calls:
 def products(dtype: torch.dtype, n: int, c: int, size: int) -> Calls:
     """The 1x1 convolutions of DiCo's and FCDM's blocks at width c."""
     acc = accumulation_dtype(dtype)
-    tensor, _ = _makers(dtype, n, size)
-    x, vector, weight, bias = tensor(n, c, size, size), tensor(n, c), tensor(c, c, 1, 1), tensor(c)
-    x = x.contiguous(memory_format=torch.channels_last)
+    tensor, image = _makers(dtype, n, size)
+    x, vector, weight, bias = image(c), tensor(n, c), tensor(c, c, 1, 1), tensor(c)
     pixels = tensor(n, size, size, dtype=acc)
     product = partial(gemm.pointwise, x, weight)
     branch = partial(product, bias, gate=vector, residual=x)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dico_kernels._extension import WATCH, available, call, extension
-from dico_kernels._memory import DTYPES, dense, image, kind, reduced, vector, wide_stream
+from dico_kernels._memory import DTYPES, dense, image, kind, reduced, shuffled, vector, wide_stream
 from dico_kernels._packed import packed
 from dico_kernels.dtypes import accumulation_dtype
 
@@ -141,13 +141,8 @@ def pointwise(
     if skip is not None:
         if any(v is not None for v in (shift, s, then, gate)) or gelu or keep or squares:
             raise ValueError("expected nothing but a bias with skip")
-        image("skip", skip)
-        kind("skip", skip, dtype, x.device)
+        shuffled("x", x, skip)
         skipped = skip.shape[1]
-        if c % 4:
-            raise ValueError(f"x has {c} channels: expected a multiple of 4 with skip")
-        if tuple(skip.shape) != (n, skipped, 2 * h, 2 * w):
-            raise ValueError(f"skip has shape {tuple(skip.shape)}: expected ({n}, S, {2 * h}, {2 * w})")
         c, images, pixels = c // 4 + skipped, n * h, 4 * w
     outputs = last = _outputs("weight", weight, bias, c, dtype, x.device)
     if then is not None:

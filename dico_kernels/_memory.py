@@ -29,6 +29,18 @@ def image(name: str, t: Tensor, like: Tensor | None = None) -> None:
         kind(name, t, like.dtype, like.device)
 
 
+def shuffled(name: str, up: Tensor, skip: Tensor) -> None:
+    """Refuse images that are not (N, 4C, H, W) and (N, S, 2H, 2W), of one kind."""
+    image(name, up)
+    image("skip", skip)
+    n, c, h, w = up.shape
+    if c % 4:
+        raise ValueError(f"{name} has {c} channels: expected a multiple of 4")
+    if tuple(skip.shape) != (n, skip.shape[1], 2 * h, 2 * w):
+        raise ValueError(f"skip has shape {tuple(skip.shape)}: expected ({n}, S, {2 * h}, {2 * w})")
+    kind("skip", skip, up.dtype, up.device)
+
+
 def kind(name: str, t: Tensor, dtype: torch.dtype, device: torch.device) -> None:
     """Refuse another dtype or device."""
     if t.dtype != dtype or t.device != device:

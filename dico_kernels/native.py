@@ -22,7 +22,7 @@ from dico_kernels._gemm import form
 from dico_kernels._gemm import multiplies as multiplies
 from dico_kernels._gemm import pointwise as pointwise
 from dico_kernels._linear import from_rows, linear, rows
-from dico_kernels._memory import DTYPES, dense, image, kind, like, reduced, row_blocks, vector, wide_stream
+from dico_kernels._memory import DTYPES, dense, image, kind, like, reduced, row_blocks, shuffled, vector, wide_stream
 from dico_kernels._packed import ONEDNN, packed
 from dico_kernels._vectors import channel_attention as channel_attention
 from dico_kernels._vectors import conditioning as conditioning
@@ -336,15 +336,9 @@ _CHUNK_BYTES = 1 << 24
 
 def _shuffle_views(up: Tensor, skip: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Check; up as (N*H, W, 4C), skip as (N*H, 4W, S), weight as (K, C + S)."""
-    image("up", up)
-    image("skip", skip)
+    shuffled("up", up, skip)
     n, c4, h, w = up.shape
     s = skip.shape[1]
-    if c4 % 4:
-        raise ValueError(f"up has {c4} channels: expected a multiple of 4")
-    if skip.shape != (n, s, 2 * h, 2 * w):
-        raise ValueError(f"skip has shape {tuple(skip.shape)}: expected ({n}, S, {2 * h}, {2 * w})")
-    kind("skip", skip, up.dtype, up.device)
     dense("weight", weight, (weight.shape[0], c4 // 4 + s, 1, 1), up.dtype, up.device)
     return (
         up.permute(0, 2, 3, 1).reshape(n * h, w, c4),

@@ -47,7 +47,7 @@ def test_in_chunks(isa, dtype, image, check, monkeypatch):
         check(evaluate(args, dy), F.pixel_shuffle_skip, args, [dy])
 
 
-# rows of 100 and 132 pixels, which are blocks of 50 and 66, and of 196, which begin and end within a pair
+# rows of 100 and 132 pixels, whose blocks of 25 and 33 begin and end within a pair, and of 196, in blocks of 28
 @pytest.mark.parametrize("case", [*CASES, (1, 9, 2, 25, 4, 66), (2, 40, 1, 33, 24, 70), (1, 7, 1, 49, 5, 3)], ids=str)
 def test_gathered_inside_the_product(isa, case, dtype, image, monkeypatch):
     """Our product, also of what is left to the library's here; with the identity as weight its operand itself."""
