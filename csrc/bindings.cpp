@@ -154,6 +154,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("available_isas", &dico::cpu::available_isas);
     m.def("selected_isa", [] { return std::string(dico::cpu::kernels().isa); });
     m.def("select_isa", &dico::cpu::select_isa);
+    m.def("grain", [] { return dico::cpu::grain; });
+    m.def("set_grain", [](int64_t elements) { dico::cpu::grain = elements; });
 
     using dico::cpu::Kernels;
     using A = dico::AdalnArgs;

@@ -81,6 +81,21 @@ def isa(name: str) -> Iterator[None]:
         module.select_isa(before)
 
 
+@contextmanager
+def grain(elements: int) -> Iterator[None]:
+    """Within the context, CPU kernels use all threads for more work than that many elements of an image.
+
+    Otherwise for more than 32768, as PyTorch's own do. For tests: it holds for every thread of the process.
+    """
+    module = extension()
+    before = module.grain()
+    module.set_grain(elements)
+    try:
+        yield
+    finally:
+        module.set_grain(before)
+
+
 def build() -> dict[str, Any]:
     """What the extension says of its own build: version, compiler, openmp, cuda, with_cuda."""
     return dict(extension().build())

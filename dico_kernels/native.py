@@ -14,6 +14,7 @@ from dico_kernels._extension import available as available
 from dico_kernels._extension import build as build
 from dico_kernels._extension import call
 from dico_kernels._extension import extension as extension
+from dico_kernels._extension import grain as grain
 from dico_kernels._extension import isa as isa
 from dico_kernels._extension import isas as isas
 from dico_kernels._extension import why_unavailable as why_unavailable

@@ -37,6 +37,8 @@ DICO_INLINE void vectors_tile(const T* weight, const V* vectors, const T* bias, 
 
 // Outputs of a weight that are one unit of work.
 constexpr int kVectorBlock = 32;
+// Products of a weight and some vectors, which wait for the weight, that take about as long as an element.
+constexpr int64_t kVectorProducts = 2;
 
 // emit(image, output, R, logits of R outputs) for the outputs of a block.
 template <class T, class V, class Emit>
@@ -66,8 +68,8 @@ static void channel_attention_typed(const AttentionArgs& a, int threads) {
     A* out = static_cast<A*>(a.attention);
     for (int64_t i = 0; i < a.images * a.channels; ++i) mean[i] = sums[i] / static_cast<A>(a.pixels);
     const int64_t blocks = (a.channels + kVectorBlock - 1) / kVectorBlock;
-    [[maybe_unused]] const bool large = a.images * a.channels * a.channels >= 1 << 16;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && large)
+    threads = threads_for(a.images * a.channels * a.channels / kVectorProducts, threads);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t block = 0; block < blocks; ++block)
         vectors_block(static_cast<const T*>(a.weight), mean, static_cast<const T*>(a.bias), a.images, a.channels,
                       a.channels, block, [&](int64_t n, int64_t k, int count, vec_t<T> logits) {
@@ -87,6 +89,7 @@ static void conditioning_typed(const ConditioningArgs& a, int threads) {
         vstore(activated + i, v * sigmoid(v), lanes);
     });
     const int64_t blocks = (a.outputs + kVectorBlock - 1) / kVectorBlock;
+    threads = threads_for(a.heads * a.images * a.inputs * a.outputs / kVectorProducts, threads);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t unit = 0; unit < a.heads * blocks; ++unit) {
         const int64_t head = unit / blocks;

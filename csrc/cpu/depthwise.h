@@ -221,6 +221,8 @@ static void depthwise_typed(const DepthwiseArgs& a, int threads) {
     V* const taps = static_cast<V*>(a.scratch);
     const int64_t row_blocks = (a.height + a.block_height - 1) / a.block_height;
     const int64_t units = a.images * row_blocks * shape.channel_units;
+    // Two taps take about as long as an element of a pass.
+    threads = threads_for(a.images * a.height * a.width * a.channels * ((K * K + 1) / 2), threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         V* const own = taps + shape.taps + thread_number() * shape.per_thread;
@@ -292,6 +294,7 @@ static void depthwise_backward_typed(const DepthwiseBackwardArgs& a, int threads
     const int64_t row_blocks = (a.height + a.block_height - 1) / a.block_height;
     const int64_t blocks = a.images * row_blocks;
     const int64_t row_stride = a.width * a.channels;
+    threads = threads_for(a.images * a.height * a.width * a.channels * K * K, threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         V* const own = taps + shape.taps + thread_number() * shape.per_thread;

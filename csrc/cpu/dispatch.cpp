@@ -81,6 +81,8 @@ std::string joined(const std::vector<std::string>& names) {
 
 }  // namespace
 
+int64_t grain = 32768;
+
 std::vector<std::string> compiled_isas() {
     std::vector<std::string> names;
     for (const Candidate& c : candidates()) names.emplace_back(c.table->isa);

@@ -98,8 +98,9 @@ static void pack_typed(const PackArgs& a, int threads) {
     const int64_t whole = (a.outputs + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
     const T* weight = static_cast<const T*>(a.weight);
     E* packed = static_cast<E*>(a.packed);
+    threads = threads_for(whole * depth, threads);
     // Along the rows of W, a few at a time: a column of lines of memory is what no processor foresees.
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && whole * depth > 16384)
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t n0 = 0; n0 < whole; n0 += kLanes<T>) {
         const int64_t panel = n0 / kPanel<T> * kPanel<T>;
         const int64_t width = whole - panel < kPanel<T> ? whole - panel : kPanel<T>;
@@ -290,6 +291,7 @@ static void pointwise_typed(const PointwiseArgs& a, int threads) {
     T* before = static_cast<T*>(a.before);
     A* partial = static_cast<A*>(a.partial);
     const int64_t panels = (a.outputs + kPanel<T> - 1) / kPanel<T>;
+    threads = threads_for(a.images * a.rows * a.outputs * (a.channels + a.then_outputs) / kProducts, threads);
     each_part(a, a.parts, threads, [&](int64_t image, int64_t first, int64_t end, int64_t block, int64_t part) {
         const int64_t row0 = image * a.rows + first, count = end - first;
         const int64_t begin = panels * part / a.parts * kPanel<T>;

@@ -7,6 +7,7 @@
 template <class U>
 static void shuffle_gather_typed(const PixelShuffleArgs& a, int threads) {
     const int64_t wide = a.channels + a.skip_channels;
+    threads = threads_for(a.rows * a.width * 4 * wide, threads);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t row = 0; row < a.rows; ++row) {
         const U* up = static_cast<const U*>(a.up) + row * a.width * 4 * a.channels;
@@ -34,6 +35,7 @@ static void shuffle_gather_typed(const PixelShuffleArgs& a, int threads) {
 template <class U>
 static void shuffle_scatter_typed(const PixelShuffleArgs& a, int threads) {
     const int64_t wide = a.channels + a.skip_channels;
+    threads = threads_for(a.rows * a.width * 4 * wide, threads);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t row = 0; row < a.rows; ++row) {
         U* __restrict up = static_cast<U*>(a.up) + row * a.width * 4 * a.channels;

@@ -16,6 +16,7 @@ static void gated_products_typed(const GatedProductsArgs& a, int threads) {
     A* dgate = static_cast<A*>(a.dgate);
     A* partial = static_cast<A*>(a.partial);
     const int64_t blocks = (a.outputs + a.block_rows - 1) / a.block_rows;
+    threads = threads_for(a.samples * a.outputs * a.inputs, threads);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t block = 0; block < blocks; ++block) {
         const int64_t first = block * a.block_rows;

@@ -9,6 +9,13 @@ constexpr int kGroup = 4;
 constexpr int kGroup = 2;
 #endif
 
+// Threads for work counted in elements of a pass over an image. Waking threads and waiting for the last of them
+// costs some microseconds, and a thousand times as much where other processes use the cores. All threads or one:
+// libgomp ends those that a smaller number leaves over and starts them anew for the next larger one.
+static inline int threads_for(int64_t work, int threads) { return work > grain ? threads : 1; }
+// Products of a matrix that take about as long as an element.
+constexpr int64_t kProducts = 16;
+
 DICO_INLINE int64_t blocks_of(const Image& i) { return (i.rows + i.block_rows - 1) / i.block_rows; }
 
 // body(image, first row, one past the last row, number of the block among all images' blocks, part), for each part
@@ -27,6 +34,7 @@ static inline void each_part(const Image& i, int64_t parts, int threads, Body bo
 }
 template <class Body>
 static inline void each_block(const Image& i, int threads, Body body) {
+    threads = threads_for(i.images * i.rows * i.channels, threads);
     each_part(i, 1, threads, [=](int64_t image, int64_t first, int64_t end, int64_t block, int64_t) {
         body(image, first, end, block);
     });
@@ -60,7 +68,8 @@ static void sum_blocks(const A* partial, int64_t stride, A* out, const Image& i,
     const int64_t blocks = blocks_of(i);
     const int64_t chunks = (i.channels + kChunk - 1) / kChunk;
     const int64_t total = i.images * chunks;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && blocks * i.channels > 8192)
+    threads = threads_for(total * kChunk * blocks, threads);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t unit = 0; unit < total; ++unit) {
         const int64_t image = unit / chunks, begin = (unit % chunks) * kChunk;
         const int64_t left = i.channels - begin;

@@ -31,6 +31,13 @@ def isa(request):
 
 
 @pytest.fixture(autouse=True)
+def _however_little_to_do():
+    """Threads share what is as small as a test's images, too."""
+    with native.grain(0):
+        yield
+
+
+@pytest.fixture(autouse=True)
 def _poisoned_allocation(monkeypatch):
     """What a kernel forgets to write shows as NaN, and so does scratch that it reads before it wrote."""
 

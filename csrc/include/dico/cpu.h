@@ -18,6 +18,10 @@ struct GeluTable {
 };
 extern const GeluTable gelu_table;
 
+// The work, in elements of a pass over an image, up to which a kernel keeps to the thread that called it: 32768, as
+// PyTorch has it, and less in tests of threads, which set it while no kernel runs.
+extern int64_t grain;
+
 template <class Args>
 using Kernel = void (*)(Dtype, const Args&, int threads);
 
