@@ -8,7 +8,6 @@ twice would only warn, and a gradient penalty would come out as if it were absen
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -54,9 +53,9 @@ def register(
     for key in ("CPU", "CUDA"):
         _LIB.impl(name, _refuse_forward_mode(name, kernel), key)
     torch.library.register_fake(qualified, fake, lib=_LIB)
-    if backward is None:
-        setup_context, backward = None, _refuse_second_derivative(name)
-    elif setup_context is not None:
+    if backward is None or setup_context is None:
+        setup_context, backward = _save_nothing, _refuse_second_derivative(name)
+    else:
         setup_context, backward = _without_zeros(setup_context, backward)
     torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIB)
     torch.library.register_vmap(qualified, _refuse_vmap(name), lib=_LIB)
@@ -65,53 +64,91 @@ def register(
         _LIB.impl(name, _autocast(op, device, key, autocast), key)
     # In the kernel, too: torch.func.jvp strips tangents before the kernel, a caller of torch.ops skips this one.
     checked = _refuse_forward_mode(name, op)
+    differentiable = _differentiable(name, kernel, setup_context, backward)
 
     def call(*args: Any) -> Any:
         # Who records wants to see what the kernel does, and has made sure that nothing else takes part. Where nothing
-        # else does, the dispatcher would come to the same kernel, by way of 4 to 6 us more of Python.
-        if not torch.compiler.is_compiling() and (is_recording() or _comes_to_the_kernel(args)):
+        # else does, the dispatcher would come to the same kernel, by way of 4 to 6 us more of Python, and of 25 more
+        # where autograd takes part.
+        if torch.compiler.is_compiling():
+            return checked(*args)
+        if is_recording():
             return kernel(*args)
-        return checked(*args)
+        if not _comes_to_the_kernel(args):
+            return checked(*args)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return differentiable(*args)
+        return kernel(*args)
 
     return call
 
 
+def _differentiable(name: str, kernel: Op, setup_context: Op, backward: Op) -> Op:
+    """The kernel with its gradient, as torch.library would have it, without the dispatcher."""
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = kernel(*args)
+        setup_context(ctx, args, output)
+        return output
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function: Op = type(name, (torch.autograd.Function,), methods).apply  # type: ignore[attr-defined]
+    return function
+
+
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    pass
+
+
 def _comes_to_the_kernel(args: tuple[Any, ...]) -> bool:
-    """Whether nobody looks on at a call with these arguments, and the dispatcher has nothing to do for them."""
-    tensors = [a for a in args if isinstance(a, Tensor)]
-    if not tensors or not only_numbers(*tensors) or torch._C._autograd._profiler_enabled():
+    """Whether nobody looks on at a call with these arguments, and the dispatcher has at most autograd to ask."""
+    if not _unwatched() or torch._C._len_torch_function_stack() or torch._C._autograd._profiler_enabled():
         return False
-    device = tensors[0].device.type
-    if device not in _AUTOCAST_KEYS or torch._C._len_torch_function_stack():
-        return False
-    plain = _plain_keys(device)
-    if not all(torch._C._dispatch_keys(t).raw_repr() in plain for t in tensors):
-        return False
-    return all(isinstance(a, (Tensor, int, float, type(None))) for a in args)
+    device = None
+    for a in args:
+        if type(a) in _PLAIN:
+            found = _device_of(a)
+            if found is None or found != (device or found):
+                return False
+            device = found
+        elif type(a) not in _NUMBERS:
+            return False
+    return device is not None and not torch.is_autocast_enabled(device)
 
 
-@cache
-def _plain_keys(device: str) -> set[int]:
-    """The dispatch keys of tensors that are their memory: not sparse, negated, all zero, or batched by torch.vmap."""
-    found = set()
-    for inference in (False, True):
-        with torch.inference_mode(inference):
-            found.add(torch._C._dispatch_keys(torch.empty(0, device=device)).raw_repr())
+# The device of tensors that have these dispatch keys and are their memory.
+_PLAIN_KEYS: dict[int, str] = {}
+
+
+def _device_of(x: Tensor) -> str | None:
+    """The kind of x's device; None if x is not its memory: sparse, negated, all zero, or batched by torch.vmap."""
+    keys = torch._C._dispatch_keys(x).raw_repr()
+    found = _PLAIN_KEYS.get(keys)
+    if found is None and x.device.type in _AUTOCAST_KEYS and x.device.type not in _PLAIN_KEYS.values():
+        for inference in (False, True):
+            with torch.inference_mode(inference):
+                plain = torch.empty(0, device=x.device.type)
+            _PLAIN_KEYS[torch._C._dispatch_keys(plain).raw_repr()] = x.device.type
+        found = _PLAIN_KEYS.get(keys)
     return found
 
 
 _PLAIN = {Tensor, torch.nn.Parameter}
+_NUMBERS = {int, float, bool, type(None)}
 
 
 def only_numbers(x: Any, *more: Any) -> bool:
     """Whether a call on these, of one device, is for numbers alone: no gradients, autocast, tracing or transforms."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not {type(x), *map(type, more)} <= _PLAIN:
         return False
+    return _unwatched() and not autocasting(x)
+
+
+def _unwatched() -> bool:
+    """Whether no transform, tracer or mode wants to see what is called; for where torch.compile is not at work."""
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
-    if torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > int(is_recording()):
-        return False
-    return not autocasting(x)
+    return torch._C._get_tracing_state() is None and torch._C._len_torch_dispatch_stack() <= int(is_recording())
 
 
 def autocasting(x: Tensor) -> bool:
@@ -201,7 +238,7 @@ def reduce_to(gradient: Tensor, like: Tensor) -> Tensor:
     """A per-sample gradient (N, C) as that of a conditioning vector: summed if it was broadcast, in its dtype."""
     if like.shape[0] == 1 and gradient.shape[0] != 1:
         gradient = gradient.sum(0, keepdim=True)
-    return gradient.to(like.dtype)
+    return gradient if gradient.dtype == like.dtype else gradient.to(like.dtype)
 
 
 def only_needed(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:

@@ -145,8 +145,8 @@ def test_who_looks_on_sees_every_op(case, gradients):
             seen.append(str(function))
             return function(*args, **(kwargs or {}))
 
-    arguments = [a.float().requires_grad_(gradients) for a in case.arguments((2, 4, 3, 3))]
-    with torch.no_grad():
+    arguments = [a.float().requires_grad_() for a in case.arguments((2, 4, 3, 3))]
+    with torch.set_grad_enabled(gradients):
         expected = case.op(*arguments)
         for watch in (Modes(), Functions(), torch.autograd.profiler.profile()):
             seen.clear()
@@ -158,13 +158,30 @@ def test_who_looks_on_sees_every_op(case, gradients):
             assert all(map(torch.equal, tuple_of(found), tuple_of(expected)))
 
 
+def test_the_same_gradients_past_the_dispatcher(case, place):
+    arguments = [a.to(place).float() for a in case.arguments((2, 6, 3, 4))]
+    direct = outputs_and_gradients(case.op, arguments)
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            return op(*args, **(kwargs or {}))
+
+    with Watch():
+        dispatched = outputs_and_gradients(case.op, arguments)
+        by_library = tuple_of(case.op(arguments[0].requires_grad_(), *arguments[1:]))[0].grad_fn
+    itself = tuple_of(case.op(arguments[0].requires_grad_(), *arguments[1:]))[0].grad_fn
+    assert itself.name() == f"{case.name}Backward" != by_library.name()
+    assert all(map(torch.equal, direct, dispatched))
+
+
 @pytest.mark.parametrize("kind", ["negated", "zero"])
 def test_tensors_that_are_not_their_memory(kind):
     x, branch, gate = torch.randn(1, 1, 1, 1), torch.randn(1, 1, 1, 1), torch.randn(1, 1)
     other = torch._neg_view(gate) if kind == "negated" else torch._efficientzerotensor(1, 1)
-    with torch.no_grad():
-        y = dk.ops.gated_residual(x, branch, other)
-    assert torch.equal(y, x - gate[:, :, None, None] * branch if kind == "negated" else x)
+    expected = x - gate[:, :, None, None] * branch if kind == "negated" else x
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients):
+            assert torch.equal(dk.ops.gated_residual(x.requires_grad_(), branch, other), expected)
 
 
 def test_batched_gradients():
