@@ -228,6 +228,9 @@ PYBIND11_MODULE(_C, m) {
     using CT = dico::AttentionArgs;
     bind(m, "channel_attention", &Kernels::channel_attention, &CT::sums, &CT::weight, &CT::bias, &CT::mean,
          &CT::attention, &CT::images, &CT::channels, &CT::pixels);
+    using CG = dico::CcaGateArgs;
+    bind_rows(m, "cca_gate", &Kernels::cca_gate, &CG::x, &CG::weight, &CG::bias, &CG::partial, &CG::mean,
+              &CG::attention, &CG::y);
     using CO = dico::ConditioningArgs;
     bind(m, "conditioning", &Kernels::conditioning, &CO::c, &CO::weights, &CO::biases, &CO::activated, &CO::y,
          &CO::heads, &CO::images, &CO::inputs, &CO::outputs);

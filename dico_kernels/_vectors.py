@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dico_kernels._extension import call
-from dico_kernels._memory import DTYPES, dense
+from dico_kernels._memory import DTYPES, dense, image, like, reduced, row_blocks
 from dico_kernels.dtypes import accumulation_dtype
 
 # Vectors up to which reading a weight once is most of the work: beyond, a product made for many rows is faster.
@@ -32,6 +32,19 @@ def channel_attention(sums: Tensor, pixels: int, weight: Tensor, bias: Tensor | 
     return mean, attention
 
 
+def cca_gate(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(x * attention, mean, attention) of an image, in one call: channel_sums, channel_attention and channel_affine."""
+    image("x", x)
+    n, c = x.shape[:2]
+    dense("weight", weight, (c, c), x.dtype, x.device)
+    if bias is not None:
+        dense("bias", bias, (c,), x.dtype, x.device)
+    *sizes, blocks = row_blocks(x)
+    y, mean, attention, partial = like(x), reduced(x, n, c), reduced(x, n, c), reduced(x, blocks, c)
+    call("cca_gate", x, *sizes, x, weight, bias, partial, mean, attention, y)
+    return y, mean, attention
+
+
 def conditioning(c: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor | None:
     """Linear(SiLU(c)) for each weight (K, C) and bias (K,): (heads, N, K) for c (N, C), all of one type.
 
@@ -53,4 +66,4 @@ def conditioning(c: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor])
     return y
 
 
-__all__ = ["FEW", "channel_attention", "conditioning"]
+__all__ = ["FEW", "cca_gate", "channel_attention", "conditioning"]

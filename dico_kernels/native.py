@@ -25,6 +25,7 @@ from dico_kernels._gemm import pointwise as pointwise
 from dico_kernels._linear import from_rows, linear, rows
 from dico_kernels._memory import DTYPES, dense, image, kind, like, reduced, row_blocks, shuffled, vector, wide_stream
 from dico_kernels._packed import ONEDNN, packed
+from dico_kernels._vectors import cca_gate as cca_gate
 from dico_kernels._vectors import channel_attention as channel_attention
 from dico_kernels._vectors import conditioning as conditioning
 from dico_kernels.dtypes import accumulation_dtype

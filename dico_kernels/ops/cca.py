@@ -69,6 +69,11 @@ def _cca(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor
     if x.shape[0] == 0:
         return _fake(x, weight, bias)
     x = check.channels_last(x)
+    kernel = optional("cca_gate", x) if x.shape[0] <= _FEW_IMAGES[x.device.type] else None
+    if kernel is not None:
+        note_optional("cca_gate", x, kernel)
+        result: tuple[Tensor, Tensor, Tensor] = kernel(x, check.matrix(weight), check.dense(bias))
+        return result
     pooled, attention = attention_of(select("channel_sums", x)(x), x.shape[2] * x.shape[3], weight, bias)
     return select("channel_affine", x)(x, attention), pooled, attention
 

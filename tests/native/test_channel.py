@@ -72,6 +72,17 @@ def test_attention_and_response_normalisation_are_made_of_these(isa, image):
     assert rel_rms(native.channel_affine(x, s, beta[None]), F.grn(x, gamma, beta)) < 1e-6
 
 
+@pytest.mark.parametrize("biased", [False, True])
+def test_cca_gate_is_its_three_steps_in_one_call(isa, shape, dtype, image, biased):
+    x, c = image(shape, dtype), shape[1]
+    weight, bias = torch.randn(c, c).to(dtype), torch.randn(c).to(dtype) if biased else None
+    mean, attention = native.channel_attention(native.channel_sums(x), shape[2] * shape[3], weight, bias)
+    expected = native.channel_affine(x, attention), mean, attention
+    for found, one in zip(native.cca_gate(x, weight, bias), expected, strict=True):
+        assert torch.equal(found, one)
+        assert found.dtype == one.dtype
+
+
 def test_same_bits_on_any_number_of_threads(isa, image, vector, same_bits):
     a, b = image((3, 40, 9, 9), torch.float32), image((3, 40, 9, 9), torch.float32)
     s = vector(3, 40, torch.float32)
@@ -86,6 +97,8 @@ def test_bad_arguments_are_named(image):
         "s has shape": lambda: native.channel_affine(x, v[:, :4]),
         "s is torch.float64": lambda: native.channel_affine(x, v.double()),
         "z and r belong together": lambda: native.channel_affine(x, v, z=x),
+        "weight has shape": lambda: native.cca_gate(x, torch.zeros(5, 4), None),
+        "bias is torch.float64": lambda: native.cca_gate(x, torch.zeros(5, 5), torch.zeros(5).double()),
     }.items():
         with pytest.raises(ValueError, match=named):
             call()

@@ -49,6 +49,7 @@ struct Kernels {
     Kernel<GeluBackwardArgs> gelu_backward;
     Kernel<GatedProductsArgs> gated_products;
     Kernel<AttentionArgs> channel_attention;
+    Kernel<CcaGateArgs> cca_gate;
     Kernel<ConditioningArgs> conditioning;
     // Bytes of a packed weight.
     int64_t (*packed_size)(Dtype, int64_t outputs, int64_t inputs);

@@ -206,6 +206,17 @@ struct AttentionArgs {
     int64_t images, channels, pixels;
 };
 
+// y = x * attention, the attention of x's own mean.
+struct CcaGateArgs : Image {
+    const void* x;
+    const void* weight;  // (channels, channels)
+    const void* bias;    // or null
+    void* partial;       // (blocks, channels)
+    void* mean;          // (images, channels)
+    void* attention;
+    void* y;
+};
+
 // y[head] = W silu(c) + b with the head's W (outputs, inputs) and b (outputs); y (heads, images, outputs).
 struct ConditioningArgs {
     const void* c;        // (images, inputs)
