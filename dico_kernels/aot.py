@@ -280,10 +280,12 @@ def _compile(job: tuple[str, str]) -> Result:
     import triton
     from triton.backends.compiler import GPUTarget
 
+    from dico_kernels.kernels.common import OPTIONS
+
     label, target = job
     launch = kernels()[label].launch
     gpu = GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target[3:]), 32)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "maxnreg": launch.maxnreg}
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "maxnreg": launch.maxnreg, **OPTIONS}
     try:
         compiled = triton.compile(_source(launch), target=gpu, options=options)
         wide = not narrow_offsets(compiled.asm["ttir"])

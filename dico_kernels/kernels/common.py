@@ -247,6 +247,10 @@ def multiplies_by_wgmma(x: Tensor) -> bool:
     return 90 <= capability(x) < 100
 
 
+# What every kernel is compiled with. A product and the sum it goes into are one instruction; without being asked Triton
+# makes them one for now, and from 3.9 on warns that this will change.
+OPTIONS = {"enable_fp_fusion": True}
+
 # By all that Triton compiles a kernel anew for: that kernel, what it compiled, and the constants behind the arguments.
 _COMPILED: dict[tuple[Any, ...], tuple[Any, Any, tuple[Any, ...]]] = {}
 
@@ -301,7 +305,8 @@ def launch(
             return
         # AMD's has no such option, and Triton refuses what a compiler does not know.
         limit = {} if maxnreg is None or torch.version.hip is not None else {"maxnreg": maxnreg}
-        compiled = kernel[(programs,)](*args, **constants, **limit, num_warps=num_warps, num_stages=num_stages)
+        given = {**constants, **limit, **OPTIONS, "num_warps": num_warps, "num_stages": num_stages}
+        compiled = kernel[(programs,)](*args, **given)
         if nvidia:
             _COMPILED[key] = kernel, compiled, tuple(constants[name] for name in kernel.arg_names[len(args) :])
 

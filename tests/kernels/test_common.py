@@ -185,7 +185,7 @@ def test_registers_are_limited_where_the_compiler_can(hip, options, monkeypatch)
 
     monkeypatch.setattr(torch.version, "hip", hip)
     common.launch(Kernel(), 1, torch.ones(1), num_warps=4, maxnreg=128)
-    assert seen == [{"num_warps": 4, "num_stages": 3, **options}]
+    assert seen == [{"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True, **options}]
 
 
 @pytest.mark.parametrize(("setting", "expected"), [("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")])
@@ -258,7 +258,7 @@ def test_what_was_compiled_is_called_again(monkeypatch):
     launch(x=memory[4:], n=9, programs=5)
     ((args, options, compiled),) = kernel.compiled
     assert args == (memory, 7, None)
-    assert options == {"num_warps": 4, "num_stages": 3, "GELU": True, "SIZE": 8}
+    assert options == {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True, "GELU": True, "SIZE": 8}
     assert [(grid, a[1:]) for grid, a in compiled.calls] == [
         ((3, 1, 1), (7, None, 8, True)),
         ((5, 1, 1), (9, None, 8, True)),
