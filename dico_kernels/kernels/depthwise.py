@@ -55,7 +55,10 @@ def _depthwise_fwd_kernel(
     pid = tl.program_id(0)
     c = wide(pid % channel_blocks) * CHANNELS + tl.arange(0, CHANNELS)
     pid = pid // channel_blocks
-    w = wide(pid % col_blocks) * WIDTH + tl.arange(0, WIDTH)
+    if K < 7:
+        w = wide(pid % col_blocks) * WIDTH + tl.arange(0, WIDTH)
+    else:  # 49 taps leave no registers to compare columns in 64 bits with, which fewer taps are compiled better for
+        w = pid % col_blocks * WIDTH + tl.arange(0, WIDTH)
     pid = pid // col_blocks
     first = wide(pid % row_blocks) * HEIGHT
     image = wide(pid // row_blocks) * H
@@ -183,7 +186,7 @@ def _depthwise_bwd_weight_kernel(
     pid = tl.program_id(0)
     c = wide(pid % channel_blocks) * CHANNELS + tl.arange(0, CHANNELS)
     stream = pid // channel_blocks
-    w = wide(stream % col_blocks) * WIDTH + tl.arange(0, WIDTH)
+    w = stream % col_blocks * WIDTH + tl.arange(0, WIDTH)
     band = stream // col_blocks
     first = wide(band % row_blocks) * HEIGHT
     image = wide(band // row_blocks) * H
