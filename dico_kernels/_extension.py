@@ -83,7 +83,7 @@ def isa(name: str) -> Iterator[None]:
 
 @contextmanager
 def grain(elements: int) -> Iterator[None]:
-    """Within the context, CPU kernels use all threads for more work than that many elements of an image.
+    """Within the context, CPU kernels use all threads for what takes longer than a pass over so many elements.
 
     Otherwise for more than 32768, as PyTorch's own do. For tests: it holds for every thread of the process.
     """

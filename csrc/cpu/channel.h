@@ -91,6 +91,7 @@ static void channel_affine(Dtype dtype, const ChannelAffineArgs& a, int threads)
         a.z ? channel_affine_typed<true, T>(a, threads) : channel_affine_typed<false, T>(a, threads);
     });
 }
+
 // Sums, attention and scale one after the other: of a small image, each alone takes less than calling it.
 static void cca_gate(Dtype dtype, const CcaGateArgs& a, int threads) {
     ChannelSumArgs sums{};

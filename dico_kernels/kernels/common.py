@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -247,9 +248,9 @@ def multiplies_by_wgmma(x: Tensor) -> bool:
     return 90 <= capability(x) < 100
 
 
-# What every kernel is compiled with. A product and the sum it goes into are one instruction; without being asked Triton
-# makes them one for now, and from 3.9 on warns that this will change.
-OPTIONS = {"enable_fp_fusion": True}
+# What every kernel is compiled with. A product and the sum it goes into are one instruction, unless Triton's variable
+# says otherwise; without being asked Triton makes them one for now, and from 3.9 on warns that this will change.
+OPTIONS: dict[str, Any] = {} if os.environ.get("TRITON_DEFAULT_FP_FUSION") else {"enable_fp_fusion": True}
 
 # By all that Triton compiles a kernel anew for: that kernel, what it compiled, and the constants behind the arguments.
 _COMPILED: dict[tuple[Any, ...], tuple[Any, Any, tuple[Any, ...]]] = {}

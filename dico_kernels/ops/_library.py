@@ -23,6 +23,7 @@ _AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 
 Op = Callable[..., Any]
 _unpack_dual: Op = forward_ad.unpack_dual
+_pre_dispatch_modes: Op = torch._ops._len_torch_dispatch_stack_pre_dispatch
 
 
 def register(
@@ -59,12 +60,13 @@ def register(
         setup_context, backward = _without_zeros(setup_context, backward)
     torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIB)
     torch.library.register_vmap(qualified, _refuse_vmap(name), lib=_LIB)
-    op: Op = getattr(torch.ops.dico_kernels, name).default
+    op: Any = getattr(torch.ops.dico_kernels, name).default
     for device, key in _AUTOCAST_KEYS.items():
         _LIB.impl(name, _autocast(op, device, key, autocast), key)
     # In the kernel, too: torch.func.jvp strips tangents before the kernel, a caller of torch.ops skips this one.
     checked = _refuse_forward_mode(name, op)
     differentiable = _differentiable(name, kernel, setup_context, backward)
+    takes = tuple("Tensor" in str(argument.type) for argument in op._schema.arguments)
 
     def call(*args: Any) -> Any:
         # Who records wants to see what the kernel does, and has made sure that nothing else takes part. Where nothing
@@ -74,11 +76,9 @@ def register(
             return checked(*args)
         if is_recording():
             return kernel(*args)
-        if not _comes_to_the_kernel(args):
+        if not _comes_to_the_kernel(args, takes):
             return checked(*args)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return differentiable(*args)
-        return kernel(*args)
+        return differentiable(*args) if _differentiates(args) else kernel(*args)
 
     return call
 
@@ -100,18 +100,30 @@ def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     pass
 
 
-def _comes_to_the_kernel(args: tuple[Any, ...]) -> bool:
-    """Whether nobody looks on at a call with these arguments, and the dispatcher has at most autograd to ask."""
-    if not _unwatched() or torch._C._len_torch_function_stack() or torch._C._autograd._profiler_enabled():
+def _differentiates(args: tuple[Any, ...]) -> bool:
+    """Whether autograd would note a call: not within an op of somebody's that has a gradient of its own."""
+    if not torch.is_grad_enabled() or not torch._C._any_requires_grad(*args):
+        return False
+    return not torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.AutogradFunctionality)
+
+
+def _comes_to_the_kernel(args: tuple[Any, ...], takes: tuple[bool, ...]) -> bool:
+    """Whether no mode, profiler, tracer or transform sees a call, and the dispatcher has at most autograd to ask.
+
+    takes says which arguments are to be tensors: of a number's tensor the dispatcher makes a number.
+    """
+    if len(args) != len(takes) or not _unwatched():
+        return False
+    if torch._C._len_torch_function_stack() or torch._C._autograd._profiler_enabled():
         return False
     device = None
-    for a in args:
-        if type(a) in _PLAIN:
+    for a, tensor in zip(args, takes, strict=True):
+        if tensor and type(a) in _PLAIN:
             found = _device_of(a)
             if found is None or found != (device or found):
                 return False
             device = found
-        elif type(a) not in _NUMBERS:
+        elif a is not None if tensor else type(a) not in _NUMBERS:
             return False
     return device is not None and not torch.is_autocast_enabled(device)
 
@@ -134,7 +146,7 @@ def _device_of(x: Tensor) -> str | None:
 
 
 _PLAIN = {Tensor, torch.nn.Parameter}
-_NUMBERS = {int, float, bool, type(None)}
+_NUMBERS = {int, float, bool}
 
 
 def only_numbers(x: Any, *more: Any) -> bool:
@@ -148,7 +160,9 @@ def _unwatched() -> bool:
     """Whether no transform, tracer or mode wants to see what is called; for where torch.compile is not at work."""
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
-    return torch._C._get_tracing_state() is None and torch._C._len_torch_dispatch_stack() <= int(is_recording())
+    if torch._C._get_tracing_state() is not None or _pre_dispatch_modes():
+        return False
+    return torch._C._len_torch_dispatch_stack() <= int(is_recording())
 
 
 def autocasting(x: Tensor) -> bool:

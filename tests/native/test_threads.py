@@ -10,8 +10,8 @@ from support import run_python
 
 from dico_kernels import native
 
-# Prints, for each kernel, how often other threads than the caller's woke or slept while it was called on small images,
-# and on a large one. Idle threads sleep here, so a count of zero shows that none was woken.
+# Prints, for a kernel of each parallel loop, how often other threads than the caller's woke or slept while it ran on
+# small images, and on a large one. Idle threads sleep here, so a count of zero shows that none was woken.
 WATCHED = """
 import json, os, sys, time
 from pathlib import Path
@@ -19,14 +19,21 @@ import torch
 from dico_kernels import native
 from dico_kernels._extension import call
 
-def woken():
-    time.sleep(0.05)
+def switches():
     me, total = os.getpid(), 0
     for task in Path("/proc/self/task").iterdir():
         if int(task.name) != me:
             lines = (task / "status").read_text().splitlines()
             total += sum(int(line.split()[1]) for line in lines if "ctxt_switches" in line)
     return total
+
+def woken():
+    # once all of them sleep
+    before, found = None, switches()
+    while found != before:
+        time.sleep(0.05)
+        before, found = found, switches()
+    return found
 
 def kernels(c, size):
     x = torch.randn(1, c, size, size).contiguous(memory_format=torch.channels_last)

@@ -174,6 +174,36 @@ def test_the_same_gradients_past_the_dispatcher(case, place):
     assert all(map(torch.equal, direct, dispatched))
 
 
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_tensor_may_be_a_number(gradients):
+    x, vector = torch.randn(2, 6, 3, 4, requires_grad=gradients), torch.randn(2, 6)
+    for eps in (torch.tensor(0.5), torch.nn.Parameter(torch.tensor(0.5), requires_grad=False)):
+        assert torch.equal(dk.ops.adaln_modulate(x, vector, vector, eps), dk.ops.adaln_modulate(x, vector, vector, 0.5))
+
+
+def test_ops_within_somebodys_op_leave_gradients_to_it(case):
+    first, *others = (a.float().requires_grad_() for a in case.arguments((2, 4, 3, 3)))
+
+    @torch.library.custom_op(f"dico_tests::around_{case.name}", mutates_args=())
+    def around(x: torch.Tensor) -> torch.Tensor:
+        return tuple_of(case.op(x, *others))[0]
+
+    assert not around(first.detach()).requires_grad
+
+
+def test_graphs_of_backward_passes_hold_the_ops():
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def gradient(x, branch, gate):
+        return torch.autograd.grad(dk.ops.gated_residual(x, branch, gate).square().sum(), gate)[0]
+
+    arguments = [a.float() for a in CASES["gated_residual"].arguments((2, 4, 3, 3))]
+    arguments[2].requires_grad_()
+    for pre_dispatch in (False, True):
+        graph = make_fx(gradient, pre_dispatch=pre_dispatch)(*arguments)
+        assert torch.allclose(graph(*arguments), gradient(*arguments))
+
+
 @pytest.mark.parametrize("kind", ["negated", "zero"])
 def test_tensors_that_are_not_their_memory(kind):
     x, branch, gate = torch.randn(1, 1, 1, 1), torch.randn(1, 1, 1, 1), torch.randn(1, 1)
