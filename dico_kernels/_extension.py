@@ -8,8 +8,8 @@ from __future__ import annotations
 import importlib
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -65,35 +65,33 @@ def isas() -> list[str]:
     return list(extension().available_isas())
 
 
-@contextmanager
-def isa(name: str) -> Iterator[None]:
+def isa(name: str) -> AbstractContextManager[None]:
     """Within the context, CPU kernels run as compiled for one instruction set.
 
     Raises:
         ValueError: a name that is not in isas().
     """
     module = extension()
-    before = module.selected_isa()
-    module.select_isa(name)
-    try:
-        yield
-    finally:
-        module.select_isa(before)
+    return _holding(module.selected_isa, module.select_isa, name)
 
 
-@contextmanager
-def grain(elements: int) -> Iterator[None]:
+def grain(elements: int) -> AbstractContextManager[None]:
     """Within the context, CPU kernels use all threads for what takes longer than a pass over so many elements.
 
     Otherwise for more than 32768, as PyTorch's own do. For tests: it holds for every thread of the process.
     """
     module = extension()
-    before = module.grain()
-    module.set_grain(elements)
+    return _holding(module.grain, module.set_grain, elements)
+
+
+@contextmanager
+def _holding(chosen: Callable[[], Any], choose: Callable[[Any], None], value: Any) -> Iterator[None]:
+    before = chosen()
+    choose(value)
     try:
         yield
     finally:
-        module.set_grain(before)
+        choose(before)
 
 
 def build() -> dict[str, Any]:

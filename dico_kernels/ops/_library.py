@@ -54,8 +54,9 @@ def register(
     for key in ("CPU", "CUDA"):
         _LIB.impl(name, _refuse_forward_mode(name, kernel), key)
     torch.library.register_fake(qualified, fake, lib=_LIB)
-    if backward is None or setup_context is None:
-        setup_context, backward = _save_nothing, _refuse_second_derivative(name)
+    setup_context = setup_context or _save_nothing
+    if backward is None:
+        backward = _refuse_second_derivative(name)
     else:
         setup_context, backward = _without_zeros(setup_context, backward)
     torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIB)
@@ -92,8 +93,9 @@ def _differentiable(name: str, kernel: Op, setup_context: Op, backward: Op) -> O
         return output
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    function: Op = type(name, (torch.autograd.Function,), methods).apply  # type: ignore[attr-defined]
-    return function
+    function: Any = type(name, (torch.autograd.Function,), methods)
+    apply: Op = function.apply
+    return apply
 
 
 def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -118,12 +120,15 @@ def _comes_to_the_kernel(args: tuple[Any, ...], takes: tuple[bool, ...]) -> bool
         return False
     device = None
     for a, tensor in zip(args, takes, strict=True):
-        if tensor and type(a) in _PLAIN:
+        if not tensor:
+            if type(a) not in _NUMBERS:
+                return False
+        elif type(a) in _PLAIN:
             found = _device_of(a)
             if found is None or found != (device or found):
                 return False
             device = found
-        elif a is not None if tensor else type(a) not in _NUMBERS:
+        elif a is not None:
             return False
     return device is not None and not torch.is_autocast_enabled(device)
 
