@@ -12,10 +12,12 @@ from torch import Tensor, nn
 import dico_kernels as dk
 from dico_kernels.reference.dico import DiCoBlock
 from dico_kernels.reference.fcdm import FCDMBlock
+from dico_kernels.reference.macs import count_macs_by_op
 from dico_kernels.reference.weights import fill_
 
 from .contenders import DTYPES, compiled, frozen, precision, timed
 from .harness import Contender, relative_error
+from .limits import block_bytes
 from .presets import OpArena
 
 
@@ -61,4 +63,6 @@ def block_contender(arena: OpArena, op: str, how: str, device: torch.device) -> 
     with torch.no_grad():
         truth = copy.deepcopy(source).double()(exact[0][:1].double(), exact[1][:1].double())
     error = relative_error(run(0)[:1].cpu(), truth)
-    return Contender(run, compile_s=first if how == "compile" else None, error=error)
+    macs = sum(count_macs_by_op(source, *exact).values()) * (3 if arena.backward else 1)
+    moved = block_bytes(op, arena.batch, arena.channels, arena.side, arena.backward, dtype.itemsize)
+    return Contender(run, compile_s=first if how == "compile" else None, error=error, macs=macs, moved=moved)

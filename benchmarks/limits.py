@@ -31,6 +31,10 @@ class Ceiling:
         """The least time for this many MACs and bytes."""
         return max(2 * macs / self.flops, moved / self.bytes)
 
+    def best(self, other: Ceiling) -> Ceiling:
+        """The better of two measurements, rate by rate."""
+        return Ceiling(max(self.flops, other.flops), max(self.bytes, other.bytes))
+
     def as_dict(self) -> dict[str, float]:
         """For JSON."""
         return asdict(self)
@@ -140,6 +144,21 @@ def op_work(op: str, batch: int, channels: int, side: int, backward: bool, eleme
         elements += pixels * work.backward(c, k) + 2 * work.products(c, k)
         macs *= 3
     return macs, elements * element_size
+
+
+# A block's branches, and its weights that work on vectors of a sample, over C squared: channel attention and the head.
+_BLOCKS: dict[str, tuple[tuple[str, ...], int]] = {
+    "dico_block": (("conv_half", "ffn_half"), 7),
+    "fcdm_block": (("fcdm_block",), 3),
+}
+
+
+def block_bytes(op: str, batch: int, channels: int, side: int, backward: bool, element_size: int) -> int:
+    """Least bytes of a whole block with its conditioning head: those of its branches, and the other weights."""
+    branches, square = _BLOCKS[op]
+    passes = 3 if backward else 1
+    moved = sum(op_work(branch, batch, channels, side, backward, element_size)[1] for branch in branches)
+    return moved + passes * square * channels**2 * element_size
 
 
 def measure_ceiling(device: torch.device, dtype: torch.dtype) -> Ceiling:

@@ -96,10 +96,14 @@ OP_COLUMNS: list[Column] = [
 ]
 
 
+def _short_mode(row: Row) -> str:
+    return "fwd+bwd" if row["mode"] == "forward+backward" else "fwd"
+
+
 KERNEL_COLUMNS: list[Column] = [
     ("op", lambda r: r["op"]),
     ("contender", lambda r: r["contender"]),
-    ("mode", lambda r: "fwd+bwd" if r["mode"] == "forward+backward" else "fwd"),
+    ("mode", _short_mode),
     ("shape", lambda r: f"{r.get('batch')}x{r.get('channels', '?')}x{r.get('side', '?')}^2"),
     ("ms", lambda r: _number(r["median_s"] and r["median_s"] * 1e3, "{:.3f}", "failed")),
     ("vs eager", lambda r: _number(r.get("vs_eager"), "{:.2f}x")),
@@ -156,7 +160,9 @@ def tables(result: Result) -> list[tuple[str, list[Column], list[Row]]]:
         found.append((title, OP_COLUMNS, _op_summary(ops)))
     blocks = [r for r in result.get("ops", []) if r not in ops]
     if blocks:
-        found.append((BLOCK_TITLE, BLOCK_COLUMNS, _by_block(blocks)))
+        targets = BLOCK_TARGETS if (result["machine"]["kind"], result["preset"]) == ("cpu", "blocks") else {}
+        rows = _by_block(blocks, targets)
+        found.append((BLOCK_TITLE, _used(BLOCK_COLUMNS, rows), rows))
     if result.get("kernels"):
         title = "fused ops against eager channels_last, on the device alone; launch: what a call takes its caller"
         title += "\nMB: least bytes; limit: of the copy or matmul rate, as by says"
@@ -164,28 +170,56 @@ def tables(result: Result) -> list[tuple[str, list[Column], list[Row]]]:
     return found
 
 
-def _by_block(rows: list[Row]) -> list[Row]:
-    """One row a block, shape, dtype and mode, with every contender's time."""
+def _by_block(rows: list[Row], targets: dict[tuple[str, str], float]) -> list[Row]:
+    """One row a block, shape, dtype and mode, with every contender's time, the fastest that is not fused marked."""
     found: dict[str, Row] = {}
     for row in rows:
-        own = found.setdefault(row["arena"], {**row, "arena": f"{row['op']} {row['size']}", "times": {}})
+        own = found.setdefault(
+            row["arena"], {**row, "arena": f"{row['op']} {row['size']}", "times": {}, "target": None}
+        )
         own["times"][row["contender"]] = row["median_s"]
+        if row.get("share"):
+            own["least"] = row["share"] * row["median_s"]
         if row["contender"] not in UNFUSED and row.get("vs_eager") is not None:
             own["over"] = max(row["vs_eager"], own.get("over", 0))
+            own["target"] = targets.get((row["mode"], row["dtype"]))
+    for own in found.values():
+        others = {name: t for name, t in own["times"].items() if name in UNFUSED and t is not None}
+        own["best"] = min(others, key=lambda name: others[name], default=None)
+        if others and own.get("least"):
+            own["most"] = min(others.values()) / own["least"]
     return list(found.values())
 
 
 def _milliseconds(contender: str) -> Column:
-    return contender, lambda r: _number(r["times"].get(contender) and r["times"][contender] * 1e3, "{:.2f}")
+    def form(row: Row) -> str:
+        mark = "*" if contender == row["best"] else ""
+        return _number(row["times"].get(contender) and row["times"][contender] * 1e3, "{:.2f}" + mark)
+
+    return contender, form
 
 
-BLOCK_TITLE = "whole blocks, milliseconds, and the faster of fused and packed over the fastest other"
+def _judged(row: Row) -> str:
+    return "-" if row["target"] is None else f"{row['target']}x {'met' if row['over'] >= row['target'] else 'missed'}"
+
+
+# What a block of preset "blocks" is to win on a CPU over the fastest of the others, by what a sample is and dtype.
+BLOCK_TARGETS = {
+    ("forward", "fp32"): 1.6,
+    ("forward", "bf16"): 2.0,
+    ("forward+backward", "fp32"): 1.3,
+    ("forward+backward", "bf16"): 1.3,
+}
+BLOCK_TITLE = (
+    "whole blocks, milliseconds; speed-up: the faster of fused and packed over the fastest other (*);\n"
+    "at most: what the roofline of the rates measured in the same run would be over it"
+)
 BLOCK_COLUMNS: list[Column] = [
     (
         "block",
         lambda r: f"{r['op'].removesuffix('_block').replace('dico', 'DiCo').replace('fcdm', 'FCDM')}-{r['size']}",
     ),
-    ("mode", lambda r: r["mode"]),
+    ("mode", _short_mode),
     ("dtype", lambda r: r["dtype"]),
     ("shape", lambda r: f"{r['batch']}x{r['channels']}x{r['side']}^2"),
     _milliseconds("eager"),
@@ -194,6 +228,8 @@ BLOCK_COLUMNS: list[Column] = [
     _milliseconds("fused"),
     _milliseconds("packed"),
     ("speed-up", lambda r: _number(r.get("over"), "{:.2f}x")),
+    ("at most", lambda r: _number(r.get("most"), "{:.2f}x")),
+    ("target", _judged),
 ]
 
 

@@ -72,26 +72,27 @@ class Session:
             names = {" ".join(key): key for key in ready}
             found = interleave({n: ready[k] for n, k in names.items()}, arena.rounds, self.device)
             self._clocks = machine.clocks(self.device)
+            if not isinstance(arena, presets.OpArena) or arena.op in presets.BLOCKS:
+                self._look_up_ceiling(arena.dtype)
             self._found |= {names[n]: (ready[names[n]], m) for n, m in found.items()}
         return self._found[row]
 
-    def ceiling(self, dtype: str) -> limits.Ceiling | None:
-        """The device's ceilings for a dtype, measured once a run; None where one rate would not do.
+    def _look_up_ceiling(self, dtype: str) -> None:
+        """Measure the device's ceilings for a dtype, after every arena of it, and keep the best of the run.
 
-        On a GPU "fp32" lets cuDNN's convolutions use TF32 and matrix products not: no single ceiling is true of both.
+        Others may use the machine too: one measurement in a slow moment would put every row above its limit.
+        None on a GPU for "fp32", which lets cuDNN's convolutions use TF32 and matrix products not: no single ceiling
+        is true of both.
         """
         if dtype == "fp32" and self.device.type == "cuda":
-            return None
-        if dtype not in self.ceilings:
-            with contenders.precision(dtype):
-                self.ceilings[dtype] = limits.measure_ceiling(self.device, contenders.DTYPES[dtype])
-        return self.ceilings[dtype]
+            return
+        with contenders.precision(dtype):
+            found = limits.measure_ceiling(self.device, contenders.DTYPES[dtype])
+        self.ceilings[dtype] = found.best(self.ceilings.get(dtype, found))
 
     def record(self, table: str, arena: Any, contender: Contender | None, found: Measurement, own: report.Row) -> None:
         """Add a row to a table of the result. ``own``: what only this table has."""
-        known = contender is not None and found.failure is None and contender.macs is not None
-        ceiling = self.ceiling(arena.dtype) if known and table != "ops" else None
-        self.rows[table].append(row_of(own, arena, contender, found, ceiling, self._clocks))
+        self.rows[table].append(row_of(own, arena, contender, found, None, self._clocks))
 
     def result(self) -> report.Result:
         """Everything measured so far, as written to JSON."""
@@ -103,6 +104,9 @@ class Session:
             add_ratios(self.rows[rows], over, against)
         plain = [row for row in self.rows["models"] if not row["model"].startswith("DiT")]
         add_ratios(plain, "vs_plain", lambda row: row["contender"] in report.UNFUSED, ("arena", "model"))
+        for row in (row for rows in self.rows.values() for row in rows):
+            if row.get("op") not in presets.OP_LEVELS:
+                row["share"] = share_of(row, self.ceilings.get(row["dtype"]))
         return {
             "schema": report.SCHEMA,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -123,9 +127,6 @@ def row_of(
 ) -> report.Row:
     """A row of a result's table. ``own``: what only this table has."""
     done = found.failure is None and bool(found.samples)
-    share = None
-    if done and ceiling is not None and contender is not None and None not in (contender.macs, contender.moved):
-        share = ceiling.seconds(contender.macs or 0, contender.moved or 0) / found.median
     row: report.Row = {
         **own,
         "arena": arena.title(),
@@ -134,14 +135,22 @@ def row_of(
         "failure": found.failure,
         "median_s": found.median if done else None,
         "samples_s": found.samples,
-        "share": share,
+        "share": None,
         "peak_bytes": found.peak_bytes,
         "host_s": found.host_s,
         "clocks": clocks,
     }
     for name in ("macs", "moved", "error", "compile_s"):
         row[name] = getattr(contender, name, None)
+    row["share"] = share_of(row, ceiling)
     return row
+
+
+def share_of(row: report.Row, ceiling: limits.Ceiling | None) -> float | None:
+    """The share of the roofline that a row reaches; None where its work, its time or the ceiling is not known."""
+    if ceiling is None or None in (row["macs"], row["moved"], row["median_s"]):
+        return None
+    return ceiling.seconds(row["macs"], row["moved"]) / float(row["median_s"])
 
 
 def add_ratios(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import dico_kernels as dk
-from dico_kernels.benchmarks.limits import Ceiling, activation_elements, bytes_moved, measure_ceiling
+from dico_kernels.benchmarks.limits import Ceiling, activation_elements, block_bytes, bytes_moved, measure_ceiling
 from dico_kernels.reference import DiCoBlock
 from dico_kernels.reference.macs import count_macs
 
@@ -46,6 +46,20 @@ def test_weights_are_read_once_a_batch():
     assert two - one == 2 * activation_elements(model, 32, 32)
     tables = 1001 * (128 + 256 + 512)
     assert 2 * one - two == 2 * (33_137_672 - tables)
+
+
+@pytest.mark.parametrize(
+    ("op", "passes", "weights"),
+    [("dico_block", (14, 14 + 29), 13), ("fcdm_block", (11, 11 + 35), 9)],
+)
+def test_bytes_of_a_block_by_hand(op, passes, weights):
+    image = 2 * 8 * 6 * 6
+    assert block_bytes(op, 2, 8, 6, False, 2) == 2 * (passes[0] * image + weights * 64)
+    assert block_bytes(op, 2, 8, 6, True, 2) == 2 * (passes[1] * image + 3 * weights * 64)
+
+
+def test_the_better_of_two_measurements_counts():
+    assert Ceiling(3.0, 2.0).best(Ceiling(1.0, 5.0)) == Ceiling(3.0, 5.0)
 
 
 def test_other_modules_are_refused():

@@ -78,6 +78,31 @@ def test_pytest_benchmark_sees_the_interleaved_samples(measured):
     assert f"{median:,.4f}" in printed
 
 
+def _block_row(contender, ms, vs_eager=None, mode="forward"):
+    row = {"op": "dico_block", "size": "S", "arena": mode, "mode": mode, "dtype": "fp32", "contender": contender}
+    shape = {"batch": 4, "channels": 128, "side": 32, "share": 0.5 if ms == 8.0 else None}
+    return {**row, **shape, "median_s": ms and ms / 1e3, "vs_eager": vs_eager}
+
+
+@pytest.mark.parametrize(("preset", "judged"), [("blocks", True), ("smoke", False)])
+def test_blocks_are_judged_against_the_fastest_other(preset, judged):
+    ops = [_block_row("eager", 9.0), _block_row("channels_last", 8.0), _block_row("compile", None)]
+    ops += [_block_row("fused", 6.0, 8 / 6), _block_row("packed", 5.0, 8 / 5)]
+    ops += [_block_row("compile", 8.0, mode="forward+backward"), _block_row("fused", 7.0, 8 / 7, "forward+backward")]
+    title, columns, rows = report.tables(
+        {"models": [], "halves": [], "ops": ops, "preset": preset, "machine": {"kind": "cpu"}}
+    )[0]
+    assert "fastest other (*)" in title
+    forward, training = ({name: form(row) for name, form in columns} for row in rows)
+    assert (forward["mode"], training["mode"]) == ("fwd", "fwd+bwd")
+    assert [forward[how] for how in ("eager", "channels_last", "fused", "packed")] == ["9.00", "8.00*", "6.00", "5.00"]
+    assert (forward["compile"], training["compile"]) == ("-", "8.00*")
+    assert (forward["speed-up"], forward["at most"]) == ("1.60x", "2.00x")
+    assert training["speed-up"] == "1.14x"
+    assert "target" not in forward or (forward["target"], training["target"]) == ("1.6x met", "1.3x missed")
+    assert ("target" in forward) == judged
+
+
 def test_markdown_and_plots(measured, tmp_path):
     done = run_python("-m", "dico_kernels", "bench", "report", str(measured[0]), "--out", str(tmp_path), cwd=Path("/"))
     assert done.returncode == 0, done.stderr
