@@ -169,7 +169,7 @@ PYBIND11_MODULE(_C, m) {
               &AB::partial, &AB::shift_stride, &AB::scale_stride, &AB::wide_stream);
     using GG = dico::GateGradientArgs;
     bind_rows(m, "gate_gradient", &Kernels::gate_gradient, &GG::dy, &GG::gate, &GG::dbranch, &GG::narrow, &GG::sums,
-              &GG::partial, &GG::gate_stride, &GG::wide_stream);
+              &GG::gated, &GG::partial, &GG::gate_stride, &GG::wide_stream);
     using G = dico::GatedArgs;
     bind_rows(m, "gated_residual", &Kernels::gated_residual, &G::x, &G::branch, &G::gate, &G::y, &G::gate_stride,
               &G::wide_stream);
@@ -214,6 +214,10 @@ PYBIND11_MODULE(_C, m) {
     bind(m, "grn_scale", &Kernels::grn_scale, &GS::squares, &GS::gamma, &GS::norm, &GS::s, &GS::images,
          &GS::channels, &GS::eps);
 
+    using GSB = dico::GrnScaleBackwardArgs;
+    bind(m, "grn_scale_backward", &Kernels::grn_scale_backward, &GSB::ds, &GSB::norm, &GSB::gamma, &GSB::dgamma,
+         &GSB::through, &GSB::images, &GSB::channels, &GSB::eps);
+
     using E = dico::GeluArgs;
     bind_rows(m, "gelu", &Kernels::gelu, &E::x, &E::y, &E::sums, &E::partial);
     using EB = dico::GeluBackwardArgs;
@@ -221,19 +225,25 @@ PYBIND11_MODULE(_C, m) {
               &EB::sums, &EB::partial);
 
     using GP = dico::GatedProductsArgs;
-    bind(m, "gated_products", &Kernels::gated_products, &GP::products, &GP::weight, &GP::gate, &GP::s, &GP::dweight,
-         &GP::dgate, &GP::dscale, &GP::partial, &GP::samples, &GP::outputs, &GP::inputs, &GP::block_rows,
-         &GP::gate_stride);
+    bind(m, "gated_products", &Kernels::gated_products, &GP::products, &GP::weight, &GP::gate, &GP::s, &GP::sums,
+         &GP::bias, &GP::dweight, &GP::dgate, &GP::dscale, &GP::partial, &GP::samples, &GP::outputs, &GP::inputs,
+         &GP::block_rows, &GP::gate_stride, &GP::add);
 
     using CT = dico::AttentionArgs;
     bind(m, "channel_attention", &Kernels::channel_attention, &CT::sums, &CT::weight, &CT::bias, &CT::mean,
          &CT::attention, &CT::images, &CT::channels, &CT::pixels);
+    using CB = dico::AttentionBackwardArgs;
+    bind(m, "channel_attention_backward", &Kernels::channel_attention_backward, &CB::dattention, &CB::attention,
+         &CB::mean, &CB::weight, &CB::dsums, &CB::dweight, &CB::dbias, &CB::images, &CB::channels, &CB::pixels);
     using CG = dico::CcaGateArgs;
     bind_rows(m, "cca_gate", &Kernels::cca_gate, &CG::x, &CG::weight, &CG::bias, &CG::partial, &CG::mean,
               &CG::attention, &CG::y);
     using CO = dico::ConditioningArgs;
     bind(m, "conditioning", &Kernels::conditioning, &CO::c, &CO::weights, &CO::biases, &CO::activated, &CO::y,
          &CO::heads, &CO::images, &CO::inputs, &CO::outputs);
+
+    using AU = dico::AddUpArgs;
+    bind(m, "add_up", &Kernels::add_up, &AU::sums, &AU::out, &AU::groups, &AU::parts, &AU::channels);
 
     m.def("packed_size", [](int dtype, int64_t outputs, int64_t inputs) {
         return dico::cpu::kernels().packed_size(static_cast<dico::Dtype>(dtype), outputs, inputs);

@@ -32,6 +32,29 @@ def channel_attention(sums: Tensor, pixels: int, weight: Tensor, bias: Tensor | 
     return mean, attention
 
 
+def channel_attention_backward(
+    dattention: Tensor, attention: Tensor, mean: Tensor, pixels: int, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Of ``channel_attention`` by sums, weight and, a sample, bias: (N, C), as weight, (N, C).
+
+    None for more vectors than this is made for.
+    """
+    n, c = attention.shape
+    if n > FEW:
+        return None
+    if weight.dtype not in DTYPES:
+        raise ValueError(f"weight has dtype {weight.dtype}: expected a floating dtype")
+    for name, v in (("dattention", dattention), ("attention", attention), ("mean", mean)):
+        dense(name, v, (n, c), accumulation_dtype(weight.dtype), attention.device)
+    dense("weight", weight, (c, c), weight.dtype, attention.device)
+    if pixels < 1:
+        raise ValueError(f"pixels={pixels}: expected at least 1")
+    dsums, dbias, dweight = torch.empty_like(attention), torch.empty_like(attention), torch.empty_like(weight)
+    ins = (dattention, attention, mean, weight)
+    call("channel_attention_backward", mean, *ins, dsums, dweight, dbias, n, c, pixels, dtype=weight.dtype)
+    return dsums, dweight, dbias
+
+
 def cca_gate(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """(x * attention, mean, attention) of an image, in one call: channel_sums, channel_attention and channel_affine."""
     image("x", x)
@@ -66,4 +89,4 @@ def conditioning(c: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor])
     return y
 
 
-__all__ = ["FEW", "cca_gate", "channel_attention", "conditioning"]
+__all__ = ["FEW", "cca_gate", "channel_attention", "channel_attention_backward", "conditioning"]

@@ -5,7 +5,7 @@ The extension knows pointers and sizes only; every check that keeps them valid i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from dico_kernels._memory import DTYPES, dense, image, kind, like, reduced, row_
 from dico_kernels._packed import ONEDNN, packed
 from dico_kernels._vectors import cca_gate as cca_gate
 from dico_kernels._vectors import channel_attention as channel_attention
+from dico_kernels._vectors import channel_attention_backward as channel_attention_backward
 from dico_kernels._vectors import conditioning as conditioning
 from dico_kernels.dtypes import accumulation_dtype
 
@@ -154,11 +155,11 @@ def gate_gradient(dy: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
     stride = vector("gate", gate, dy, dtype)
     *sizes, blocks = row_blocks(dy)
     n, c = dy.shape[:2]
-    dbranch, sums = like(dy, dtype), reduced(dy, n, c)
+    dbranch, sums, gated = like(dy, dtype), reduced(dy, n, c), reduced(dy, n, c)
     narrow = like(dy, dtype) if wide else dy
-    args = (dy, gate, dbranch, narrow, sums, reduced(dy, blocks, c), stride, wide)
+    args = (dy, gate, dbranch, narrow, sums, gated, reduced(dy, blocks, c), stride, wide)
     call("gate_gradient", dy, *sizes, *args, dtype=dtype)
-    return dbranch, narrow, sums, sums * gate.to(sums.dtype)
+    return dbranch, narrow, sums, gated
 
 
 def gated_residual_backward(dy: Tensor, branch: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
@@ -265,6 +266,47 @@ def grn_scale(squares: Tensor, gamma: Tensor, eps: float) -> tuple[Tensor, Tenso
     norm, s = torch.empty_like(squares), torch.empty_like(squares)
     call("grn_scale", squares, squares, gamma, norm, s, n, c, eps, dtype=gamma.dtype)
     return norm, s
+
+
+def grn_rescale(norm: Tensor, gamma: Tensor, eps: float) -> Tensor:
+    """What grn_scale gives beside the norm, (N, C), given that."""
+    n, c = norm.shape
+    _norm_and_gamma(norm, gamma)
+    s = torch.empty_like(norm)
+    call("grn_scale", norm, None, gamma, norm, s, n, c, eps, dtype=gamma.dtype)
+    return s
+
+
+def grn_scale_backward(dscale: Tensor, norm: Tensor, gamma: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Of grn_rescale by gamma, a sample, and what multiplies x in its gradient through the norms; each (N, C)."""
+    n, c = norm.shape
+    _norm_and_gamma(norm, gamma)
+    dense("dscale", dscale, (n, c), norm.dtype, norm.device)
+    dgamma, through = torch.empty_like(norm), torch.empty_like(norm)
+    call("grn_scale_backward", norm, dscale, norm, gamma, dgamma, through, n, c, eps, dtype=gamma.dtype)
+    return dgamma, through
+
+
+def _norm_and_gamma(norm: Tensor, gamma: Tensor) -> None:
+    if gamma.dtype not in DTYPES:
+        raise ValueError(f"gamma has dtype {gamma.dtype}: expected a floating dtype")
+    dense("norm", norm, tuple(norm.shape), accumulation_dtype(gamma.dtype), norm.device)
+    dense("gamma", gamma, (norm.shape[1],), gamma.dtype, norm.device)
+
+
+# ---- sums in parts: csrc/cpu/sums.h ----
+
+
+def add_up(parts: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The sums over the middle dimension of each, (groups, count, C) in dtype's accumulation dtype, as dtype."""
+    found = []
+    for part in parts:
+        groups, count, c = part.shape
+        dense("part", part, (groups, count, c), accumulation_dtype(dtype), part.device)
+        out = torch.empty((groups, c), dtype=dtype, device=part.device)
+        call("add_up", part, part, out, groups, count, c, dtype=dtype)
+        found.append(out)
+    return found
 
 
 # ---- depthwise convolution: csrc/cpu/depthwise.h ----
@@ -449,27 +491,38 @@ def gelu_backward(
 
 
 def gated_products(
-    products: Tensor, weight: Tensor, gate: Tensor, s: Tensor | None, dweight: Tensor
+    products: Tensor,
+    weight: Tensor,
+    gate: Tensor,
+    s: Tensor | None,
+    dweight: Tensor,
+    sums: Tensor | None = None,
+    bias: Tensor | None = None,
+    add: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """What G_n = dy_n^T x_n, (N, K, C), holds of the gradients of gate * W (s x); see ops/pointwise.py.
+    """What G_n = dy_n^T x_n, (N, K, C), holds of the gradients of gate * (W (s x) + b); see ops/pointwise.py.
 
-    Adds sum_n gate_n G_n s_n to dweight (K, C); returns rowsum(W * G_n s_n), (N, K), and with s, (N, C),
-    colsum(gate_n W * G_n), (N, C). dweight, s and what is returned are in the accumulation dtype.
+    Adds sum_n gate_n G_n s_n to dweight (K, C), or writes it there; returns rowsum(W * G_n s_n), (N, K), with b t_n
+    where b and t, the sums (N, K), are given, and with s, (N, C), colsum(gate_n W * G_n), (N, C). dweight, s, t and
+    what is returned are in the accumulation dtype.
     """
     n, k, c = products.shape
     wide = accumulation_dtype(products.dtype)
     dense("products", products, (n, k, c), products.dtype, products.device)
     dense("weight", weight, (k, c), products.dtype, products.device)
-    if gate.shape[0] not in (1, n):
-        raise ValueError(f"gate has shape {tuple(gate.shape)}: expected ({n}, {k}) or (1, {k})")
-    dense("gate", gate, (gate.shape[0], k), products.dtype, products.device)
+    stride = vector("gate", gate, products)
     dense("dweight", dweight, (k, c), wide, products.device)
     block = max(min(-(-k // 32), 64), 4)
     dgate, dscale, partial = reduced(products, n, k), None, None
     if s is not None:
         dense("s", s, (n, c), wide, products.device)
         dscale, partial = reduced(products, n, c), reduced(products, -(-k // block), n, c)
-    stride = 0 if gate.shape[0] == 1 else k
-    args = (products, weight, gate, s, dweight, dgate, dscale, partial, n, k, c, block, stride)
+    if bias is not None:
+        if sums is None:
+            raise ValueError("sums is None: expected it with bias")
+        dense("sums", sums, (n, k), wide, products.device)
+        dense("bias", bias, (k,), products.dtype, products.device)
+    given = (products, weight, gate, s, sums, bias)
+    args = (*given, dweight, dgate, dscale, partial, n, k, c, block, stride, int(add))
     call("gated_products", products, *args)
     return dgate, dscale

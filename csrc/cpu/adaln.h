@@ -156,6 +156,14 @@ static void gate_gradient_typed(const GateGradientArgs& a, int threads) {
         if constexpr (sizeof(S) != sizeof(T)) vstore(narrow + at, d, lanes);
         return d;
     });
+    for (int64_t image = 0; image < a.images; ++image) {
+        const T* gate = static_cast<const T*>(a.gate) + image * a.gate_stride;
+        const int64_t start = image * a.channels;
+        each_vector<T>(a.channels, [&](int64_t c, auto lanes) {
+            const vec_t<T> sums = vload(static_cast<const acc_t<T>*>(a.sums) + start + c, lanes);
+            vstore(static_cast<acc_t<T>*>(a.gated) + start + c, sums * vload(gate + c, lanes), lanes);
+        });
+    }
 }
 
 // LayerNorm's backward. With Gated that of the residual before it as well: dx then also carries dy, the gradient

@@ -77,6 +77,55 @@ static void channel_attention_typed(const AttentionArgs& a, int threads) {
                       });
 }
 
+// A vector of columns of W and of its gradient, for S images.
+template <int S, class T, class Lanes>
+DICO_INLINE void attention_columns(const AttentionBackwardArgs& a, int64_t c, Lanes lanes) {
+    using A = acc_t<T>;
+    const A* const dlogits = static_cast<const A*>(a.dbias);
+    const T* const weight = static_cast<const T*>(a.weight) + c;
+    T* const dweight = static_cast<T*>(a.dweight) + c;
+    vec_t<T> mean[S], sums[S] = {};
+    for (int s = 0; s < S; ++s) mean[s] = vload(static_cast<const A*>(a.mean) + s * a.channels + c, lanes);
+    for (int64_t k = 0; k < a.channels; ++k) {
+        constexpr int kAhead = 16;
+        __builtin_prefetch(weight + (k + kAhead) * a.channels);
+        const vec_t<T> w = vload(weight + k * a.channels, lanes);
+        vec_t<T> gradient = {};
+        for (int s = 0; s < S; ++s) {
+            const A d = dlogits[s * a.channels + k];
+            sums[s] += w * d;
+            gradient += mean[s] * d;
+        }
+        vstore(dweight + k * a.channels, gradient, lanes);
+    }
+    for (int s = 0; s < S; ++s)
+        vstore(static_cast<A*>(a.dsums) + s * a.channels + c, sums[s] / static_cast<A>(a.pixels), lanes);
+}
+
+template <class T>
+static void channel_attention_backward_typed(const AttentionBackwardArgs& a, int threads) {
+    using A = acc_t<T>;
+    const A* const dattention = static_cast<const A*>(a.dattention);
+    const A* const attention = static_cast<const A*>(a.attention);
+    A* const dlogits = static_cast<A*>(a.dbias);
+    for (int64_t i = 0; i < a.images * a.channels; ++i) {
+        const A s = attention[i];
+        dlogits[i] = dattention[i] * s * (1 - s);
+    }
+    constexpr int64_t kColumns = kLanes<T>;
+    const int64_t units = (a.channels + kColumns - 1) / kColumns;
+    threads = threads_for(a.images * a.channels * a.channels / kVectorProducts, threads);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t unit = 0; unit < units; ++unit) {
+        const int64_t c = unit * kColumns, left = a.channels - c;
+        by_count<8>(a.images, [&](auto images) {
+            constexpr int S = decltype(images)::value;
+            left < kColumns ? attention_columns<S, T>(a, c, static_cast<int>(left))
+                            : attention_columns<S, T>(a, c, Whole{});
+        });
+    }
+}
+
 template <class T>
 static void conditioning_typed(const ConditioningArgs& a, int threads) {
     const T* c = static_cast<const T*>(a.c);
@@ -104,6 +153,9 @@ static void conditioning_typed(const ConditioningArgs& a, int threads) {
 
 static void channel_attention(Dtype dtype, const AttentionArgs& a, int threads) {
     by_dtype(dtype, [&](auto tag) { channel_attention_typed<typename decltype(tag)::type>(a, threads); });
+}
+static void channel_attention_backward(Dtype dtype, const AttentionBackwardArgs& a, int threads) {
+    by_dtype(dtype, [&](auto tag) { channel_attention_backward_typed<typename decltype(tag)::type>(a, threads); });
 }
 static void conditioning(Dtype dtype, const ConditioningArgs& a, int threads) {
     by_dtype(dtype, [&](auto tag) { conditioning_typed<typename decltype(tag)::type>(a, threads); });

@@ -63,11 +63,12 @@ static void grn_scale_typed(const GrnScaleArgs& a) {
     using A = acc_t<T>;
     const T* gamma = static_cast<const T*>(a.gamma);
     for (int64_t image = 0; image < a.images; ++image) {
-        const A* squares = static_cast<const A*>(a.squares) + image * a.channels;
+        const A* squares = a.squares ? static_cast<const A*>(a.squares) + image * a.channels : nullptr;
         A* norm = static_cast<A*>(a.norm) + image * a.channels;
         A* s = static_cast<A*>(a.s) + image * a.channels;
         A sum = 0;
-        for (int64_t c = 0; c < a.channels; ++c) norm[c] = sqrt_of(squares[c]);
+        if (squares)
+            for (int64_t c = 0; c < a.channels; ++c) norm[c] = sqrt_of(squares[c]);
         for (int64_t c = 0; c < a.channels; ++c) sum += norm[c];
         const A mean = sum / static_cast<A>(a.channels) + static_cast<A>(a.eps);
         each_vector<T>(a.channels, [&](int64_t c, auto lanes) {
@@ -76,8 +77,36 @@ static void grn_scale_typed(const GrnScaleArgs& a) {
     }
 }
 
+template <class T>
+static void grn_scale_backward_typed(const GrnScaleBackwardArgs& a) {
+    using A = acc_t<T>;
+    const T* gamma = static_cast<const T*>(a.gamma);
+    for (int64_t image = 0; image < a.images; ++image) {
+        const int64_t start = image * a.channels;
+        const A* ds = static_cast<const A*>(a.ds) + start;
+        const A* norm = static_cast<const A*>(a.norm) + start;
+        A* dgamma = static_cast<A*>(a.dgamma) + start;
+        A* through = static_cast<A*>(a.through) + start;
+        A sum = 0, dot = 0;
+        for (int64_t c = 0; c < a.channels; ++c) {
+            sum += norm[c];
+            dot += load(gamma + c) * ds[c] * norm[c];
+        }
+        const A size = static_cast<A>(a.channels), mean = sum / size + static_cast<A>(a.eps);
+        const A shared = dot / size / (mean * mean);
+        // d|x| / dx = x / |x|; a channel that is zero everywhere gets zero, as torch's norm gives it.
+        for (int64_t c = 0; c < a.channels; ++c) {
+            dgamma[c] = ds[c] * norm[c] / mean;
+            through[c] = norm[c] > 0 ? (load(gamma + c) * ds[c] / mean - shared) / norm[c] : A{};
+        }
+    }
+}
+
 static void grn_scale(Dtype dtype, const GrnScaleArgs& a, int) {
     by_dtype(dtype, [&](auto tag) { grn_scale_typed<typename decltype(tag)::type>(a); });
+}
+static void grn_scale_backward(Dtype dtype, const GrnScaleBackwardArgs& a, int) {
+    by_dtype(dtype, [&](auto tag) { grn_scale_backward_typed<typename decltype(tag)::type>(a); });
 }
 static void channel_sums(Dtype dtype, const ChannelSumArgs& a, int threads) {
     by_dtype(dtype, [&](auto tag) { channel_sums_typed<false, typename decltype(tag)::type>(a, threads); });

@@ -66,6 +66,9 @@ DICO_INLINE void copy_operand(operand_t<T>* to, const T* from) {
     }
 }
 
+// The halves of the words of a vector.
+using vhalves = uint16_t __attribute__((vector_size(kVectorBytes / 2)));
+
 // Rows become columns: by halves, that of each row's elements which belong to another row changes places with it.
 #if !defined(__clang__)
 template <int step = 1>
@@ -99,7 +102,8 @@ static void pack_typed(const PackArgs& a, int threads) {
     const T* weight = static_cast<const T*>(a.weight);
     E* packed = static_cast<E*>(a.packed);
     threads = threads_for(whole * depth, threads);
-    // Along the rows of W, a few at a time: a column of lines of memory is what no processor foresees.
+    // Along the rows of W, a few at a time: a column of lines of memory is what no processor foresees, so where its
+    // columns are dense, as those of a transpose are, it is told.
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t n0 = 0; n0 < whole; n0 += kLanes<T>) {
         const int64_t panel = n0 / kPanel<T> * kPanel<T>;
@@ -107,6 +111,25 @@ static void pack_typed(const PackArgs& a, int threads) {
         E* const to = packed + panel * depth + (n0 - panel) * kPair<T>;
         const T* const from = weight + n0 * a.output_stride;
         int64_t k = 0;
+        if constexpr (sizeof(E) == sizeof(T))
+            if (a.output_stride == 1 && n0 + kLanes<T> <= a.outputs)
+                for (; k + kPair<T> <= a.inputs; k += kPair<T>) {
+                    constexpr int kAhead = 16;
+                    const T* const row = from + k * a.input_stride;
+                    E* const at = to + k * width;
+                    for (int i = 0; i < kPair<T>; ++i)
+                        __builtin_prefetch(row + (kAhead * kPair<T> + i) * a.input_stride);
+                    if constexpr (kPair<T> == 2) {
+                        vhalves low, high;
+                        __builtin_memcpy(&low, row, sizeof low);
+                        __builtin_memcpy(&high, row + a.input_stride, sizeof high);
+                        const vuint pairs =
+                            __builtin_convertvector(low, vuint) | __builtin_convertvector(high, vuint) << 16;
+                        __builtin_memcpy(at, &pairs, sizeof pairs);
+                    } else {
+                        __builtin_memcpy(at, row, kLanes<T> * sizeof(T));
+                    }
+                }
 #if !defined(__clang__)  // which has another name for the shuffle
         constexpr int L = kLanes<float>, kInputs = L * kPair<T>;
         if constexpr (sizeof(E) == sizeof(T) && sizeof(T) * kPair<T> == sizeof(uint32_t))
@@ -170,16 +193,6 @@ static __attribute__((noinline)) void multiply_tile(const E* a, int64_t stride, 
     for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
         for (int j = 0; j < V; ++j) sums[i * V + j] = sum[i][j];
-}
-
-// body(Count of n), for n of 1 to most.
-template <int most, class Body>
-DICO_INLINE void by_count(int64_t n, Body body) {
-    if constexpr (most == 1) {
-        body(Count<1>{});
-    } else {
-        n == most ? body(Count<most>{}) : by_count<most - 1>(n, body);
-    }
 }
 
 // emit(first row, rows, channel, sums, distance of one row's sums from the next's, lanes), a vector of channels at

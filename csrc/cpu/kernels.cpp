@@ -40,6 +40,7 @@ static inline int thread_number() { return 0; }
 #include "gemm.h"
 #include "pixel_shuffle.h"
 #include "pointwise.h"
+#include "sums.h"
 
 extern const Kernels table;
 const Kernels table = {DICO_STRING(DICO_ISA),
@@ -60,12 +61,15 @@ const Kernels table = {DICO_STRING(DICO_ISA),
                        shuffle_gather,
                        shuffle_scatter,
                        grn_scale,
+                       grn_scale_backward,
                        gelu_forward,
                        gelu_backward,
                        gated_products,
                        channel_attention,
+                       channel_attention_backward,
                        cca_gate,
                        conditioning,
+                       add_up,
                        packed_size,
                        pack,
                        pointwise_scratch,

@@ -15,6 +15,8 @@ static void gated_products_typed(const GatedProductsArgs& a, int threads) {
     A* dweight = static_cast<A*>(a.dweight);
     A* dgate = static_cast<A*>(a.dgate);
     A* partial = static_cast<A*>(a.partial);
+    const A* sums_of_dy = static_cast<const A*>(a.sums);
+    const T* bias = static_cast<const T*>(a.bias);
     const int64_t blocks = (a.outputs + a.block_rows - 1) / a.block_rows;
     threads = threads_for(a.samples * a.outputs * a.inputs, threads);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
@@ -47,11 +49,15 @@ static void gated_products_typed(const GatedProductsArgs& a, int threads) {
                         } else {
                             dots[r] += weighted;
                         }
-                        vstore(dweight + at, vload(dweight + at, lanes) + gated, lanes);
+                        if (n || a.add) gated += vload(dweight + at, lanes);
+                        vstore(dweight + at, gated, lanes);
                     }
                     if constexpr (Scaled) vstore(sums + c, vload(sums + c, lanes) + column, lanes);
                 });
-                for (int r = 0; r < R; ++r) dgate[n * a.outputs + k + r] = sum_of(dots[r]);
+                for (int r = 0; r < R; ++r) {
+                    const int64_t at = n * a.outputs + k + r;
+                    dgate[at] = sum_of(dots[r]) + (bias ? sums_of_dy[at] * load(bias + k + r) : A{});
+                }
             };
             int64_t k = first;
             for (; k + kRows <= end; k += kRows) rows(k, Count<kRows>{});

@@ -45,6 +45,16 @@ struct Count {
     static constexpr int value = n;
 };
 
+// body(Count of n), for n of 1 to most.
+template <int most, class Body>
+DICO_INLINE void by_count(int64_t n, Body body) {
+    if constexpr (most == 1) {
+        body(Count<1>{});
+    } else {
+        n == most ? body(Count<most>{}) : by_count<most - 1>(n, body);
+    }
+}
+
 // body(row, Count of rows): groups of kGroup rows, then single ones.
 template <class Body>
 DICO_INLINE void each_group(int64_t first, int64_t end, Body body) {

@@ -6,7 +6,6 @@ that. Both need to be done once, as long as nothing has changed; that nothing ha
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, MutableMapping, Sequence
 from operator import attrgetter, itemgetter
 from typing import Any
@@ -19,14 +18,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 from dico_kernels import native
 from dico_kernels._packed import generation as packed_generation
 from dico_kernels._packed import holds
-from dico_kernels._recording import Recording, is_recording, record
-from dico_kernels.ops._backends import current, is_observed, on_or_off
+from dico_kernels._recording import Recordings, is_recording
+from dico_kernels.ops._backends import current, is_observed
 from dico_kernels.ops._library import only_numbers
+from dico_kernels.ops._recorded import enabled
 from dico_kernels.ops._tuning import generation as tuned_generation
 from dico_kernels.ops._tuning import is_measuring
 
-VARIABLE = "DICO_KERNELS_RECORD"
-_ENABLED = on_or_off(VARIABLE, True)
 # Attributes in which another layer of the same type could do something else: of convolutions, and of the others.
 CONVOLUTION_SETTINGS = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
 OTHER_SETTINGS = ("eps", "approximate", "p")
@@ -35,7 +33,6 @@ _version = attrgetter("_version")
 _hooks = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Kinds of inputs that a module keeps recordings for.
 _MOST = 8
-_SEEN_ONCE = "it was called once"
 
 # By path, as Fused.fused_layout has them.
 Layers = Sequence[tuple[tuple[str, ...], nn.Module]]
@@ -55,7 +52,7 @@ class _Epoch:
     def __init__(self, choices: tuple[Any, ...], stamp: list[Any], weights: list[Tensor]) -> None:
         self.choices, self.stamp = choices, stamp
         self.storages = [w.untyped_storage() for w in weights]
-        self.kinds: dict[Any, Recording | str] = {}
+        self.kinds = Recordings(_MOST)
         self.keeps = any(map(holds, weights))
         self.derived: tuple[Tensor | None, ...] | None = None
 
@@ -63,12 +60,6 @@ class _Epoch:
         """Those of the tensors derived of the weights that have memory of their own."""
         held = {s.data_ptr() for s in self.storages}
         return [v for v in derived if v is not None and v.untyped_storage().data_ptr() not in held]
-
-    def keep(self, kind: Any, found: Recording | str) -> None:
-        """Remember what was found, and forget the oldest where that is too much."""
-        self.kinds[kind] = found
-        for oldest in list(self.kinds)[: max(len(self.kinds) - _MOST, 0)]:
-            self.kinds.pop(oldest, None)
 
 
 class _State:
@@ -168,9 +159,6 @@ def _stamp(weights: list[Tensor]) -> list[Any] | None:
         return None
 
 
-_ONE_AT_A_TIME = threading.Lock()  # a dispatch mode changes what all threads see
-
-
 def recorded(
     module: nn.Module,
     weights: list[Tensor],
@@ -202,27 +190,17 @@ def recorded(
         epoch.derived = derived
     given = inputs if epoch.keeps else (*inputs, *epoch.foreign(derived))
     kind = torch.get_num_threads(), *[(x.shape, x.stride(), x.dtype) for x in inputs]
-    found = epoch.kinds.get(kind)
-    if isinstance(found, Recording):
-        return _replay(module, found, *given)
-    if found is None:
-        epoch.keep(kind, _SEEN_ONCE)
-    elif found == _SEEN_ONCE and _ONE_AT_A_TIME.acquire(blocking=False):
-        try:
-            read = weights + [v for v in derived if v is not None] if epoch.keeps else weights
-            y, result = record(lambda *now: function(*now[: len(inputs)], *derived), given, read)
-        finally:
-            _ONE_AT_A_TIME.release()
-        # Of this epoch: if it has ended meanwhile, nobody asks for it any more.
-        epoch.keep(kind, result)
-        return y
-    return function(*inputs, *derived)
+    read = weights + [v for v in derived if v is not None] if epoch.keeps else weights
+    name = type(module).__name__
+    # Of this epoch: if it ends meanwhile, nobody asks for it any more.
+    y: Tensor = epoch.kinds.call(kind, name, lambda *now: function(*now[: len(inputs)], *derived), given, read)
+    return y
 
 
 def _epoch(module: nn.Module, weights: list[Tensor], settings: Any, inputs: Sequence[Tensor]) -> _Epoch | None:
     """The module's at present, if a call on these inputs may be recorded, or replayed."""
     state = _STATES.get(module)
-    if state is None or not _ENABLED or not native.available() or is_recording() or is_observed() or is_measuring():
+    if state is None or not enabled() or not native.available() or is_recording() or is_observed() or is_measuring():
         return None
     if not all(x.is_cpu and not x.is_neg() and x.numel() for x in inputs):
         return None
@@ -237,13 +215,6 @@ def _epoch(module: nn.Module, weights: list[Tensor], settings: Any, inputs: Sequ
     if epoch is None or epoch.choices != choices or epoch.stamp != stamp:
         state.epoch = epoch = _Epoch(choices, stamp, weights)
     return epoch
-
-
-def _replay(module: nn.Module, recording: Recording, *inputs: Tensor) -> Tensor:
-    if not torch._C._autograd._profiler_enabled():
-        return recording.replay(*inputs)
-    with torch.profiler.record_function(f"dico_kernels: recorded {type(module).__name__}"):
-        return recording.replay(*inputs)
 
 
 __all__ = [

@@ -189,12 +189,15 @@ def gelu_backward(
 
 
 def gated_products(
-    products: Tensor, weight: Tensor, gate: Tensor, s: Tensor | None, dweight: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """(dgate, dscale or None); adds to dweight."""
+    products: Tensor, weight: Tensor, gate: Tensor, s: Tensor | None, dweight: Tensor, sums: Tensor | None = None,
+    bias: Tensor | None = None, add: bool = True,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """(dgate, dscale or None); writes dweight, or adds to it."""
     wide, wide_gate = _acc(products), _acc(gate).expand(products.shape[0], -1)
     weighted = wide * weight
     dscale = None if s is None else torch.bmm(wide_gate[:, None], weighted)[:, 0]
     scaled = wide if s is None else wide * s[:, None]
-    dweight += (scaled * wide_gate[:, :, None]).sum(0)
-    return (scaled * weight).sum(2), dscale
+    gradient = (scaled * wide_gate[:, :, None]).sum(0)
+    dweight.copy_(dweight + gradient if add else gradient)
+    dgate = (scaled * weight).sum(2)
+    return dgate if bias is None or sums is None else dgate + sums * _acc(bias), dscale

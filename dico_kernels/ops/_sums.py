@@ -34,8 +34,12 @@ def gradients(dtype: torch.dtype, *wanted: tuple[Tensor, Sequence[int]]) -> list
     kernel = optional("add_up", wanted[0][0])
     if kernel is None:
         return [_added(sums, shape).reshape(tuple(shape)).to(dtype) for sums, shape in wanted]
-    found = kernel([_grouped(sums, shape) for sums, shape in wanted], dtype)
-    return [g.reshape(tuple(shape)) for g, (_, shape) in zip(found, wanted, strict=True)]
+    finished = [s.dtype == dtype and s.numel() == torch.Size(shape).numel() for s, shape in wanted]
+    found = iter(kernel([_grouped(*w) for w, done in zip(wanted, finished, strict=True) if not done], dtype))
+    return [
+        (sums if done else next(found)).reshape(tuple(shape))
+        for (sums, shape), done in zip(wanted, finished, strict=True)
+    ]
 
 
 def of_samples(x: Tensor, *sums: Tensor) -> list[Tensor]:

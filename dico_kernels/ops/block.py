@@ -20,6 +20,7 @@ from dico_kernels.ops import _checks as check
 from dico_kernels.ops import pointwise as pw
 from dico_kernels.ops._backends import fused_products, note_optional, optional, select
 from dico_kernels.ops._library import only_needed, register
+from dico_kernels.ops._recorded import recorded
 from dico_kernels.ops._sums import gradients
 from dico_kernels.ops._tuning import tunable
 from dico_kernels.ops.cca import attention_gradients, attention_of
@@ -157,10 +158,10 @@ def _conv_backward(
         return zeroed(_conv_gradients(x, shift, scale, gate, w1, dw, wa, w2))
     x, dw, m1, m2 = check.channels_last(x), dw.contiguous(), check.matrix(w1), check.matrix(w2)
     # What was saved may have been away: torch.autograd.graph.save_on_cpu(pin_memory=True) brings it back in NCHW.
-    y1, gate = check.channels_last(y1), gate.contiguous()
+    y1, gate = check.channels_last(y1), check.dense_rows(gate)
     dbranch, dy_narrow, sums, db2 = select("gate_gradient", x)(check.channels_last(dy), gate)
     y2 = select("depthwise", x)(y1, dw, check.dense(db), True)
-    dinner = pw.from_rows(pw.input_gradient(pw.rows(dbranch), m2), x)
+    dinner = pw.input_gradient(dbranch, m2)
     dw2, dgate, dattention = pw.gated_gradients(
         dy_narrow, dbranch, dinner, sums, db2, y2, attention, None, gate, m2, b2
     )  # fmt: skip
@@ -170,7 +171,7 @@ def _conv_backward(
     dy2 = select("channel_affine", x)(dinner, attention, shift=dsums, overwrite=True)
     dy1, ddw, ddb = select("depthwise_backward", x)(dy2, y1, dw, check.dense(db), True)
     del dy2
-    da = pw.from_rows(pw.input_gradient(pw.rows(dy1), m1), x)
+    da = pw.input_gradient(dy1, m1)
     dx, a, dshift, dscale = select("adaln_modulate_backward_residual", x)(
         da, check.channels_last(dy), x, check.dense_rows(shift), check.dense_rows(scale), mean, rstd
     )
@@ -205,7 +206,7 @@ _CONV_BACKWARD = register(
     "conv_half_backward(Tensor dy, Tensor x, Tensor shift, Tensor scale, Tensor gate, Tensor pw1_weight, "
     "Tensor dw_weight, Tensor? dw_bias, Tensor ca_weight, Tensor pw2_weight, Tensor? pw2_bias, Tensor y1, "
     f"Tensor mean, Tensor rstd, Tensor pooled, Tensor attention) -> ({', '.join(['Tensor'] * 12)})",
-    _conv_backward,
+    recorded("conv_half_backward", _conv_backward, lambda args: True),
     _conv_backward_fake,
 )
 
@@ -225,7 +226,7 @@ def _conv_gradient(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
 
 _CONV_HALF = register(
     f"conv_half({_CONV}, float eps, bool save) -> ({', '.join(['Tensor'] * 6)})",
-    tunable("conv_half", _conv, weight=4, flags=1),
+    recorded("conv_half", tunable("conv_half", _conv, weight=4, flags=1), lambda args: args[-1]),
     _conv_fake,
     setup_context=_conv_setup,
     backward=_conv_gradient,
@@ -349,13 +350,13 @@ def _ffn_backward(
     if h.ndim == 1:
         h = pw.product(x, w1, b1, frozen=False, shift=shift, scale=scale, eps=eps).y
     h = check.channels_last(h)
-    gate = gate.contiguous()
+    gate = check.dense_rows(gate)
     dbranch, dy_narrow, sums, db2 = select("gate_gradient", x)(dy, gate)
-    dhidden = pw.from_rows(pw.input_gradient(pw.rows(dbranch), m2), x)
+    dhidden = pw.input_gradient(dbranch, m2)
     dh, hidden, db1 = select("gelu_backward", x)(dhidden, h, keep=True, overwrite=True)
     dw2, dgate, _ = pw.gated_gradients(dy_narrow, dbranch, None, sums, db2, hidden, None, None, gate, m2, b2)
     del hidden, dhidden, dy_narrow, dbranch
-    da = pw.from_rows(pw.input_gradient(pw.rows(dh), m1), x)
+    da = pw.input_gradient(dh, m1)
     dx, a, dshift, dscale = select("adaln_modulate_backward_residual", x)(da, dy, x, shift, scale, mean, rstd)
     dw1 = pw.rows(dh).t() @ pw.rows(a)
     dshift, dscale, dgate, db1, db2 = gradients(
@@ -381,7 +382,7 @@ def _ffn_backward_fake(
 _FFN_BACKWARD = register(
     f"ffn_half_backward(Tensor dy, {_FFN}, Tensor mean, Tensor rstd, Tensor h, float eps) -> "
     f"({', '.join(['Tensor'] * 8)})",
-    _ffn_backward,
+    recorded("ffn_half_backward", _ffn_backward, lambda args: True),
     _ffn_backward_fake,
 )
 
@@ -403,7 +404,7 @@ def _ffn_gradient(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
 
 _FFN_HALF = register(
     f"ffn_half({_FFN}, float eps, bool save, bool recompute) -> ({', '.join(['Tensor'] * 4)})",
-    tunable("ffn_half", _ffn, weight=4, flags=2),
+    recorded("ffn_half", tunable("ffn_half", _ffn, weight=4, flags=2), lambda args: args[-2]),
     _ffn_fake,
     setup_context=_ffn_setup,
     backward=_ffn_gradient,

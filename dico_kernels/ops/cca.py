@@ -55,8 +55,9 @@ def attention_gradients(
     channel_affine takes for it.
     """
     matrix, kernel = check.matrix(weight), optional("channel_attention_backward", attention)
-    if kernel is not None:
-        dsums, dweight, dbias = kernel(dattention, attention, pooled, pixels, matrix)
+    found = None if kernel is None else kernel(dattention, attention, pooled, pixels, matrix)
+    if found is not None:
+        dsums, dweight, dbias = found
         return dsums, dweight.reshape(weight.shape), dbias
     dlogits = total(dattention) * attention * (1 - attention)
     narrow = dlogits.to(weight.dtype)

@@ -52,9 +52,8 @@ def _pdg_backward(
     dhidden, ddw, ddb = select("depthwise_backward", x)(
         check.channels_last(dy), check.channels_last(hidden), dw_weight.contiguous(), check.dense(dw_bias), True
     )
-    d, matrix = rows(dhidden), rows(check.channels_last(x))
-    dx = from_rows(input_gradient(d, check.matrix(pw_weight)), x)
-    dpw = (d.t() @ matrix).reshape(pw_weight.shape)
+    dx = input_gradient(dhidden, check.matrix(pw_weight))
+    dpw = (rows(dhidden).t() @ rows(check.channels_last(x))).reshape(pw_weight.shape)
     sums = select("channel_sums", x)(dhidden)
     k = pw_weight.shape[:1]
     return dx, dpw, *gradients(x.dtype, (sums, k), (ddw, dw_weight.shape), (ddb, k))  # type: ignore[return-value]

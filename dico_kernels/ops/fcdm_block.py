@@ -10,6 +10,7 @@ from dico_kernels.ops import _checks as check
 from dico_kernels.ops import pointwise as pw
 from dico_kernels.ops._backends import fused_products, select
 from dico_kernels.ops._library import only_needed, register
+from dico_kernels.ops._recorded import recorded
 from dico_kernels.ops._sums import gradients
 from dico_kernels.ops._tuning import tunable
 from dico_kernels.ops.block import check_stream, nothing, per_sample, refuse_unsaved, statistics, to_save, zeroed
@@ -113,10 +114,10 @@ def _backward(
     h = check.channels_last(h)
     narrow_x = x.to(w1.dtype)
     s = scale_of(norm, gamma, grn_eps)
-    gate = gate.contiguous()
+    gate = check.dense_rows(gate)
     dbranch, dy_narrow, sums, gated = select("gate_gradient", x)(dy, gate)
     g, _ = select("gelu", x)(h, False)
-    dg = pw.from_rows(pw.input_gradient(pw.rows(dbranch), m2), x)
+    dg = pw.input_gradient(dbranch, m2)
     flat = beta.contiguous().reshape(-1)
     dw2, dgate, ds = pw.gated_gradients(dy_narrow, dbranch, dg, sums, gated, g, s, flat, gate, m2, b2)
     assert ds is not None
@@ -124,7 +125,7 @@ def _backward(
     dgamma, through = scale_gradients(ds, norm, gamma, grn_eps)
     dh, _, db1 = select("gelu_backward", x)(dg, h, s, through, overwrite=True)
     del dg
-    da = pw.from_rows(pw.input_gradient(pw.rows(dh), m1), x)
+    da = pw.input_gradient(dh, m1)
     z = select("depthwise", x)(narrow_x, dw, check.dense(db), False)
     dz, a, dshift, dscale = select("adaln_modulate_backward_residual", x)(
         da, None, z, check.dense_rows(shift), check.dense_rows(scale), mean, rstd
@@ -162,7 +163,7 @@ def _backward_fake(
 _BACKWARD = register(
     f"fcdm_block_backward(Tensor dy, {_ARGUMENTS}, Tensor mean, Tensor rstd, Tensor norm, Tensor h, float ln_eps, "
     f"float grn_eps) -> ({', '.join(['Tensor'] * 12)})",
-    _backward,
+    recorded("fcdm_block_backward", _backward, lambda args: True),
     _backward_fake,
 )
 
@@ -185,7 +186,7 @@ def _gradient(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
 _FCDM_BLOCK = register(
     f"fcdm_block({_ARGUMENTS}, float ln_eps, float grn_eps, bool save, bool recompute) -> "
     f"({', '.join(['Tensor'] * 5)})",
-    tunable("fcdm_block", _block, weight=6, flags=2),
+    recorded("fcdm_block", tunable("fcdm_block", _block, weight=6, flags=2), lambda args: args[-2]),
     _fake,
     setup_context=_setup,
     backward=_gradient,

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dico_kernels import native
 from dico_kernels._gemm import Product
 from dico_kernels._linear import from_rows, linear, onednn_multiplies, rows
 from dico_kernels._packed import packed
 from dico_kernels.ops import _checks as check
-from dico_kernels.ops._backends import optional, own_product, select
+from dico_kernels.ops._backends import multiplies_natively, note_optional, optional, own_product, select
 from dico_kernels.ops._sums import total
 
 
@@ -113,9 +114,20 @@ def statistics_of(product: Product) -> tuple[Tensor, Tensor]:
     return product.mean, product.rstd
 
 
+def plain_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """W x + b, nothing before or behind it: native's own product where that is to multiply, else the library's.
+
+    x (N, C, H, W), channels_last, weight (K, C) in any strides, as it is now, bias (K,), contiguous.
+    """
+    if multiplies_natively(weight, x):
+        note_optional("pointwise", x, native.pointwise, weight.dtype)
+        return native.pointwise(x, weight, bias, frozen=False).y
+    return from_rows(linear(rows(x), weight, bias), x)
+
+
 def input_gradient(dy: Tensor, weight: Tensor) -> Tensor:
-    """dy @ weight: the gradient of what linear multiplied; dy (M, K) rows, weight (K, C)."""
-    return linear(dy, weight.t())
+    """W^T dy: the gradient of what a product multiplied; dy (N, K, H, W), channels_last, weight (K, C)."""
+    return plain_product(dy, weight.t())
 
 
 # Pixels an image from which forming the per-sample products is cheaper than forming W x anew: below, they are more
@@ -157,26 +169,27 @@ def gated_gradients(
     if kernel is None:
         held = None if shift is None else shift.to(sums.dtype)[None]
         inner = x if s is None else select("channel_affine", x)(x, s, shift=held)
-        branch = from_rows(linear(rows(inner), weight, check.dense(bias)), x)
+        branch = plain_product(inner, weight, check.dense(bias))
         dgate = select("channel_dots", x)(dy, branch)
         dscale = None if s is None or dinner is None else select("channel_dots", x)(dinner, x)
         return rows(dbranch).t() @ rows(inner), dgate, dscale
     sums = total(sums)
-    dgate, dweight, dscale = _by_products(kernel, rows(dy), rows(x), s, gate, weight, sums)
     if shift is not None:
-        dweight = dweight + total(gated).sum(0)[:, None] * shift.to(sums.dtype)
         through = weight @ shift
         bias = through if bias is None else through + bias
-    return dweight, dgate if bias is None else dgate + sums * bias.to(sums.dtype), dscale
+    dgate, dweight, dscale = _by_products(kernel, rows(dy), rows(x), s, gate, weight, sums, check.dense(bias))
+    if shift is not None:
+        dweight = dweight + total(gated).sum(0)[:, None] * shift.to(sums.dtype)
+    return dweight, dgate, dscale
 
 
 def _by_products(
     kernel: Callable[..., tuple[Tensor, Tensor | None]], dy: Tensor, x: Tensor, s: Tensor | None, gate: Tensor,
-    weight: Tensor, sums: Tensor,
+    weight: Tensor, sums: Tensor, bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """(dgate without b's part, dW, ds), a chunk of samples at a time."""
+    """(dgate, dW, ds), a chunk of samples at a time."""
     samples, (k, c) = sums.shape[0], weight.shape
-    dweight = sums.new_zeros(k, c)
+    dweight = sums.new_empty(k, c)
     chunk = max(1, _CHUNK_BYTES // (k * c * x.element_size()))
     dy, x = dy.reshape(samples, -1, k).transpose(1, 2), x.reshape(samples, -1, c)
     found = []
@@ -184,9 +197,11 @@ def _by_products(
         part = slice(first, first + chunk)
         products = torch.bmm(dy[part], x[part])
         own_gate, own_s = gate if gate.shape[0] == 1 else gate[part], None if s is None else s[part]
-        found.append(kernel(products, weight, own_gate, own_s, dweight))
+        found.append(kernel(products, weight, own_gate, own_s, dweight, sums[part], bias, first > 0))
     dgates, dscales = zip(*found, strict=True)
-    return torch.cat(dgates), dweight, None if s is None else torch.cat(dscales)
+    whole = len(found) == 1
+    dgate, dscale = (v[0] if whole or v[0] is None else torch.cat(v) for v in (dgates, dscales))
+    return dgate, dweight, dscale
 
 
 __all__ = ["Product", "from_rows", "gated_gradients", "input_gradient", "linear", "product", "rows", "statistics_of"]

@@ -14,6 +14,7 @@ from dico_kernels import native
 from dico_kernels._recording import Recording
 from dico_kernels.nn import _state
 from dico_kernels.nn import block as block_module
+from dico_kernels.ops import _recorded
 from dico_kernels.reference.weights import fill_
 
 if not (native.available() and native.multiplies(torch.empty(0))):
@@ -37,7 +38,7 @@ def recorded(module):
 def unrecorded(module, x):
     """What it makes of the same without recordings."""
     with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
-        patch.setattr(_state, "_ENABLED", False)
+        patch.setattr(_recorded, "_ENABLED", False)
         return module(x)
 
 

@@ -18,6 +18,7 @@ from dico_kernels import native
 from dico_kernels._recording import Recording
 from dico_kernels.nn import _state
 from dico_kernels.nn.block import FusedDiCoBlock
+from dico_kernels.ops import _recorded
 from dico_kernels.reference.weights import fill_
 
 if not (native.available() and native.multiplies(torch.empty(0))):
@@ -53,7 +54,7 @@ def warm(module, args, calls=2):
 def unrecorded(module, args):
     """What it makes of the same without recordings."""
     with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
-        patch.setattr(_state, "_ENABLED", False)
+        patch.setattr(_recorded, "_ENABLED", False)
         return module(*args)
 
 
@@ -346,7 +347,7 @@ def test_no_more_than_a_few_kinds_of_inputs_are_kept():
 
 
 def test_off_by_request(monkeypatch):
-    monkeypatch.setattr(_state, "_ENABLED", False)
+    monkeypatch.setattr(_recorded, "_ENABLED", False)
     module, args = block("DiCo"), given()
     with torch.inference_mode():
         for _ in range(3):

@@ -45,12 +45,15 @@ struct Kernels {
     Kernel<PixelShuffleArgs> shuffle_gather;
     Kernel<PixelShuffleArgs> shuffle_scatter;
     Kernel<GrnScaleArgs> grn_scale;
+    Kernel<GrnScaleBackwardArgs> grn_scale_backward;
     Kernel<GeluArgs> gelu;
     Kernel<GeluBackwardArgs> gelu_backward;
     Kernel<GatedProductsArgs> gated_products;
     Kernel<AttentionArgs> channel_attention;
+    Kernel<AttentionBackwardArgs> channel_attention_backward;
     Kernel<CcaGateArgs> cca_gate;
     Kernel<ConditioningArgs> conditioning;
+    Kernel<AddUpArgs> add_up;
     // Bytes of a packed weight.
     int64_t (*packed_size)(Dtype, int64_t outputs, int64_t inputs);
     Kernel<PackArgs> pack;

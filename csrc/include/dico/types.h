@@ -45,7 +45,8 @@ struct GateGradientArgs : Image {
     const void* gate;
     void* dbranch;
     void* narrow;   // dy as the branch's type, where that is another
-    void* sums;     // of dy
+    void* sums;     // (images, channels), of dy
+    void* gated;    // gate * sums
     void* partial;  // (blocks, channels)
     int64_t gate_stride;
     int64_t wide_stream;  // dy is float32 though all else is a 16-bit type
@@ -154,10 +155,22 @@ struct ChannelAffineArgs : Image {
 
 // norm = sqrt(squares), s = 1 + gamma * norm / (mean over channels of norm + eps); each (images, channels).
 struct GrnScaleArgs {
-    const void* squares;
-    const void* gamma;  // (channels)
+    const void* squares;  // or null: norm is given
+    const void* gamma;    // (channels)
     void* norm;
     void* s;
+    int64_t images, channels;
+    double eps;
+};
+
+// Of s as above by gamma, a sample, and through the norms: what multiplies x in its gradient. Each (images,
+// channels).
+struct GrnScaleBackwardArgs {
+    const void* ds;
+    const void* norm;
+    const void* gamma;  // (channels)
+    void* dgamma;
+    void* through;
     int64_t images, channels;
     double eps;
 };
@@ -186,14 +199,17 @@ struct GatedProductsArgs {
     const void* products;
     const void* weight;  // W, (outputs, inputs)
     const void* gate;
-    const void* s;  // (samples, inputs), or null for 1
-    void* dweight;  // (outputs, inputs), added to
+    const void* s;     // (samples, inputs), or null for 1
+    const void* sums;  // (samples, outputs), with bias (outputs): their product is added to dgate; or null
+    const void* bias;
+    void* dweight;  // (outputs, inputs)
     void* dgate;    // (samples, outputs)
     void* dscale;   // (samples, inputs); null without s
     void* partial;  // (blocks of outputs, samples, inputs); null without s
     int64_t samples, outputs, inputs;
     int64_t block_rows;
     int64_t gate_stride;
+    int64_t add;  // to what dweight holds
 };
 
 // attention = sigmoid(W mean + b), mean = sums / pixels; each (images, channels).
@@ -203,6 +219,18 @@ struct AttentionArgs {
     const void* bias;    // or null
     void* mean;
     void* attention;
+    int64_t images, channels, pixels;
+};
+
+// Of attention as above by sums, weight, and, a sample, bias; of at most 8 images.
+struct AttentionBackwardArgs {
+    const void* dattention;
+    const void* attention;
+    const void* mean;
+    const void* weight;
+    void* dsums;
+    void* dweight;  // (channels, channels)
+    void* dbias;
     int64_t images, channels, pixels;
 };
 
@@ -225,6 +253,13 @@ struct ConditioningArgs {
     void* activated;  // silu(c)
     void* y;
     int64_t heads, images, inputs, outputs;
+};
+
+// out (groups, channels) = the sums over the middle of sums (groups, parts, channels).
+struct AddUpArgs {
+    const void* sums;
+    void* out;
+    int64_t groups, parts, channels;
 };
 
 // W (outputs, inputs), in any strides, as pointwise takes it.
