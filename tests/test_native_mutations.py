@@ -79,6 +79,36 @@ BUGS = {
         "column += weighted;",
         "test_pointwise.py::test_gated_products",
     ),
+    "the second of a pair of inputs packed twice": (
+        "gemm.h",
+        "__builtin_memcpy(&low, row, sizeof low);",
+        "__builtin_memcpy(&low, row + a.input_stride, sizeof low);",
+        "test_gemm.py::test_packed_weights_multiply_to_the_same_bits",
+    ),
+    "a weight's gradient added to what was there": (
+        "pointwise.h",
+        "if (n || a.add) gated",
+        "if (n || !a.add) gated",
+        "test_pointwise.py::test_gated_products_written_with_a_bias",
+    ),
+    "the sigmoid's slope forgotten in channel attention": (
+        "attention.h",
+        "dlogits[i] = dattention[i] * s * (1 - s);",
+        "dlogits[i] = dattention[i] * s;",
+        "test_attention.py::test_gradients_against_float64",
+    ),
+    "the last part left out of a sum": (
+        "sums.h",
+        "for (int64_t p = 0; p < a.parts; ++p)",
+        "for (int64_t p = 0; p + 1 < a.parts; ++p)",
+        "test_sums.py::test_adds_up_and_rounds",
+    ),
+    "GRN's mean taken for constant": (
+        "channel.h",
+        "(load(gamma + c) * ds[c] / mean - shared) / norm[c]",
+        "(load(gamma + c) * ds[c] / mean) / norm[c]",
+        "test_channel.py::test_gradients_of_grn_scale",
+    ),
     "the squares of what was not rounded yet": (
         "pointwise.h",
         "const vec_t<T> stored = vload(y + at, lanes);",

@@ -59,6 +59,49 @@ def test_bad_arguments_are_named():
             call()
 
 
+@pytest.mark.parametrize("case", [c for c in CASES if c[0] <= 8] + [(8, 24), (6, 16)], ids=str)
+def test_gradients_against_float64(isa, case, dtype):
+    sums, weight, bias = inputs(case, dtype)
+    mean, attention = native.channel_attention(sums, 6, weight, bias)
+    dattention = torch.randn(case).to(sums.dtype)
+    dsums, dweight, dbias = native.channel_attention_backward(dattention, attention, mean, 6, weight)
+    leaves = [t.double().requires_grad_() for t in (sums, weight)]
+    each = bias.double().expand(case).clone().requires_grad_()
+    truth = torch.sigmoid(leaves[0] / 6 @ leaves[1].t() + each)
+    exact = torch.autograd.grad(truth, [*leaves, each], dattention.double())
+    limit = 1e-13 if dtype == torch.float64 else 2e-6
+    assert (dsums.dtype, dweight.dtype, dbias.dtype) == (sums.dtype, dtype, sums.dtype)
+    assert rel_rms(dsums, exact[0]) <= limit
+    assert rel_rms(dweight, exact[1]) <= limit + (0 if dtype == torch.float64 else torch.finfo(dtype).eps / 2)
+    assert rel_rms(dbias, exact[2]) <= limit
+
+
+def test_gradients_have_the_same_bits_on_any_number_of_threads(isa, same_bits):
+    sums, weight, bias = inputs((4, 136), torch.bfloat16)
+    mean, attention = native.channel_attention(sums, 9, weight, bias)
+    same_bits(lambda: native.channel_attention_backward(sums, attention, mean, 9, weight))
+
+
+def test_gradients_of_more_images_are_left_to_the_product():
+    sums, weight, bias = inputs((9, 5), torch.float32)
+    mean, attention = native.channel_attention(sums, 9, weight, bias)
+    assert native.channel_attention_backward(sums, attention, mean, 9, weight) is None
+
+
+def test_bad_arguments_of_gradients_are_named():
+    sums, weight, _ = inputs((2, 5), torch.bfloat16)
+    for named, args in {
+        "dattention has shape": (sums[:1], sums, sums, 4, weight),
+        "dattention is": (sums.double(), sums, sums, 4, weight),
+        "mean has shape": (sums, sums, sums[:, :4], 4, weight),
+        "weight has shape": (sums, sums, sums, 4, weight[:4]),
+        "weight has dtype": (sums, sums, sums, 4, weight.int()),
+        "pixels=0": (sums, sums, sums, 0, weight),
+    }.items():
+        with pytest.raises(ValueError, match=named):
+            native.channel_attention_backward(*args)
+
+
 # heads, images, inputs, outputs: one of each, odd numbers of all, more than a block of outputs
 HEADS = [(1, 1, 1, 1), (2, 3, 17, 5), (3, 8, 40, 100), (2, 4, 33, 64)]
 

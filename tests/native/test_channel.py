@@ -133,7 +133,35 @@ def test_grn_scale(isa, dtype, sizes, vector):
     torch.testing.assert_close(s.double(), 1 + gamma.double() * response, **tolerance)
 
 
+@pytest.mark.parametrize("sizes", [(1, 1), (2, 5), (3, 67)], ids=str)
+def test_gradients_of_grn_scale(isa, dtype, sizes, vector):
+    acc = accumulation_dtype(dtype)
+    x, gamma, ds = vector(*sizes, acc), vector(1, sizes[1], dtype)[0], vector(*sizes, acc)
+    x[0, 0] = 0
+    norm, s = native.grn_scale(x.square(), gamma, 1e-3)
+    assert torch.equal(native.grn_rescale(norm, gamma, 1e-3), s)
+    dgamma, through = native.grn_scale_backward(ds, norm, gamma, 1e-3)
+    leaf, each = x.double().requires_grad_(), gamma.double().expand(sizes).clone().requires_grad_()
+    size = leaf[:, :, None].norm(dim=2)  # of an image of one pixel: a zero's gradient is zero
+    truth = 1 + each * size / (size.mean(1, keepdim=True) + 1e-3)
+    exact, exact_gamma = torch.autograd.grad(truth, [leaf, each], ds.double())
+    scale = float(ds.double().norm() * (1 + gamma.double().norm()) / (size.detach().mean() + 1e-3))
+    limit = 1e-12 if acc == torch.float64 else 1e-5
+    assert dgamma.dtype == through.dtype == acc
+    assert float((dgamma - exact_gamma).norm()) <= limit * (1 + float(exact_gamma.norm()))
+    assert float((through * x - exact).norm()) <= limit * scale
+    assert through[0, 0] == 0
+
+
 def test_grn_scale_names_bad_arguments():
+    with pytest.raises(ValueError, match=r"gamma has shape \(4,\)"):
+        native.grn_rescale(torch.ones(2, 3), torch.ones(4), 0.0)
+    with pytest.raises(ValueError, match=r"dscale has shape \(2, 4\)"):
+        native.grn_scale_backward(torch.ones(2, 4), torch.ones(2, 3), torch.ones(3), 0.0)
+    with pytest.raises(ValueError, match=r"norm is torch\.float64"):
+        native.grn_scale_backward(torch.ones(2, 3), torch.ones(2, 3).double(), torch.ones(3), 0.0)
+    with pytest.raises(ValueError, match="gamma has dtype"):
+        native.grn_rescale(torch.ones(2, 3), torch.ones(3).int(), 0.0)
     with pytest.raises(ValueError, match=r"squares is torch\.float64"):
         native.grn_scale(torch.ones(2, 3, dtype=torch.float64), torch.ones(3), 0.0)
     with pytest.raises(ValueError, match=r"gamma has shape \(4,\)"):

@@ -106,6 +106,28 @@ def test_gated_products(isa, dtype, sizes, scaled, broadcast):
         assert (found - terms.sum(dim)).norm() <= limit * terms.abs().sum(dim).norm()
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+def test_gated_products_written_with_a_bias(isa, dtype, scaled):
+    """Into memory that holds nothing yet; gates as rows of a wider matrix."""
+    n, k, c = 3, 67, 33
+    acc = accumulation_dtype(dtype)
+    products, weight = torch.randn(n, k, c).to(dtype), torch.randn(k, c).to(dtype)
+    gate, bias = torch.randn(n, 3 * k).to(dtype)[:, k : 2 * k], torch.randn(k).to(dtype)
+    s, sums = torch.randn(n, c, dtype=acc) if scaled else None, torch.randn(n, k, dtype=acc)
+    plain, before = torch.zeros(k, c, dtype=acc), torch.full((k, c), float("nan"), dtype=acc)
+    dgate, dscale = native.gated_products(products, weight, gate.contiguous(), s, plain)
+    with_bias, same = native.gated_products(products, weight, gate, s, before, sums, bias, False)
+    assert torch.equal(before, plain)
+    assert (dscale is None) == (same is None)
+    assert dscale is None or torch.equal(dscale, same)
+    exact = dgate.double() + sums.double() * bias.double()
+    assert (with_bias - exact).norm() <= (1e-14 if dtype == torch.float64 else 1e-6) * exact.norm()
+    with pytest.raises(ValueError, match="sums is None"):
+        native.gated_products(products, weight, gate, s, before, None, bias)
+    with pytest.raises(ValueError, match="bias has shape"):
+        native.gated_products(products, weight, gate, s, before, sums, bias[:5])
+
+
 def test_the_same_bits_on_any_number_of_threads(isa, image, same_bits):
     x, dy = image((2, 136, 11, 13), torch.float32), image((2, 136, 11, 13), torch.float32)
     products, weight, gate, s = torch.randn(3, 67, 33), torch.randn(67, 33), torch.randn(3, 67), torch.randn(3, 33)

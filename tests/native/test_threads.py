@@ -55,7 +55,9 @@ def kernels(c, size):
         "shuffle_gather": lambda: call("shuffle_gather", up, up, skip, cat, size, size, c, c),
         "shuffle_scatter": lambda: call("shuffle_scatter", up, up, skip, cat, size, size, c, c),
         "channel_attention": lambda: native.channel_attention(sums, 9, weight, bias),
+        "channel_attention_backward": lambda: native.channel_attention_backward(sums, sums, sums, 9, weight),
         "conditioning": lambda: native.conditioning(gate, [weight], [bias]),
+        "add_up": lambda: native.add_up([table], torch.float32),
     }
 
 torch.set_num_threads(3)
@@ -77,7 +79,7 @@ def test_small_images_wake_no_thread(tmp_path: Path):
     done = run_python("-c", WATCHED, cwd=tmp_path, OMP_WAIT_POLICY="passive")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert len(found) == 14
+    assert len(found) == 16
     assert {name for name, (small, _) in found.items() if small} == set()
     # without OpenMP kernels know one thread only
     assert {name for name, (_, large) in found.items() if large} == (set(found) if native.build()["openmp"] else set())
