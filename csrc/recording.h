@@ -1,4 +1,4 @@
-// Calls of kernels, kept to be made again on other memory: what a forward pass did, without the program that
+// Calls of kernels, kept to be made again on other memory: what a function did, without the program that
 // decided it. A pointer is the distance from one of several bases, which each run gives anew.
 #pragma once
 

@@ -30,8 +30,7 @@ _MAKES_MEMORY = {
     torch.ops.aten.new_empty,
     torch.ops.aten.new_empty_strided,
 }
-# What changes its first argument alone, in place, and what copies it into fresh memory, with what copies it anywhere.
-_FILLS = {torch.ops.aten.zero_.default}
+# What copies its first argument into fresh memory, and what copies it anywhere.
 _COPIES = dict.fromkeys((torch.ops.aten._to_copy.default, torch.ops.aten.clone.default), torch.ops.aten.copy_.default)
 # Bases of pointers; the outputs and the inputs follow.
 _BETWEEN, _SCRATCHED, _FIRST = range(3)
@@ -65,7 +64,10 @@ class _Kernel:
 
 @dataclass
 class _Operator:
-    """An operator of PyTorch's that writes where it is told: to ``out``, or, without one, into its first argument."""
+    """An operator of PyTorch's that writes where it is told: to ``out``, or, a copy, into its first argument.
+
+    Its tensors are as they were at the call: views of their own of the same memory.
+    """
 
     call: Any
     args: tuple[Any, ...]
@@ -108,7 +110,7 @@ class _Again:
 
 @dataclass(frozen=True)
 class Recording:
-    """A function's calls of kernels, for inputs of the shapes, strides and dtypes that it was recorded with.
+    """A function's calls, for inputs of the shapes, strides and dtypes that it was recorded with.
 
     Attributes:
         steps: the calls: of native kernels as many as follow one another, or one of PyTorch's operators.
@@ -168,9 +170,10 @@ class _RefusedError(Exception):
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Watches a function; ``refusal`` says what it did that cannot be done again."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: float = float("inf")) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.refusal: str | None = None
+        self.room = most  # bytes that may still be made: all of it is held until the function has ended
         self.calls: list[_Kernel | _Operator] = []
         self.made: dict[int, _Memory] = {}
         self.scratch: dict[int, Tensor] = {}
@@ -195,12 +198,12 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if any(t.layout is not torch.strided for t in (*given, *results)):
             self.refuse(f"it calls {func}")
         elif func.overloadpacket in _MAKES_MEMORY:
-            # It is held, so that no other gets its address.
-            self.made[_storage(found)] = _Memory(found, found.untyped_storage().nbytes())
+            self._hold(found)
         elif results and _is_view(func) and {*map(_storage, results)} <= {*map(_storage, given)}:
             pass
         elif (again := self._again(func, args, kwargs, found)) is not None:
-            self.calls.append(again)
+            if self.refusal is None:
+                self.calls.append(again)
         else:
             self.refuse(f"it calls {func}")
 
@@ -208,14 +211,21 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """The call that does the same to memory that is there, and found's memory noted; None where there is none."""
         if len(_tensors((args, kwargs))) != sum(isinstance(a, Tensor) for a in (*args, *kwargs.values())):
             return None  # tensors in lists
-        if func in _FILLS and _storage(args[0]) in self.made:
-            return _Operator(func, args, kwargs, None)
         if type(found) is not Tensor or (writing := _COPIES.get(func) or _writing(func)) is None:
             return None
-        self.made[_storage(found)] = _Memory(found, found.untyped_storage().nbytes())
+        self._hold(found)
         if func in _COPIES:
-            return _Operator(writing, (found, args[0]), {}, None)
-        return _Operator(writing, args, kwargs, found)
+            return _Operator(writing, (found.detach(), args[0].detach()), {}, None)
+        args, kwargs = tuple(map(_as_it_is, args)), {name: _as_it_is(v) for name, v in kwargs.items()}
+        return _Operator(writing, args, kwargs, found.detach())
+
+    def _hold(self, found: Tensor) -> None:
+        """Note memory that was made, and keep it, so that no other gets its address."""
+        size = found.untyped_storage().nbytes()
+        self.made[_storage(found)] = _Memory(found, size)
+        self.room -= size
+        if self.room < 0:
+            self.refuse("it makes too much memory to hold at once")
 
     def refuse(self, why: str) -> None:
         """There will be no recording: let go of everything."""
@@ -346,6 +356,10 @@ class _Places:
         return _Again(call.call, tuple(map(self._view, call.args)), kwargs)
 
 
+def _as_it_is(v: Any) -> Any:
+    return v.detach() if isinstance(v, Tensor) else v
+
+
 def _tensors(value: Any) -> list[Tensor]:
     return [t for t in tree_leaves(value) if isinstance(t, Tensor)]
 
@@ -384,7 +398,10 @@ def is_recording() -> bool:
 
 
 def record(
-    function: Callable[..., Any], inputs: Sequence[Tensor], weights: Sequence[Tensor] = ()
+    function: Callable[..., Any],
+    inputs: Sequence[Tensor],
+    weights: Sequence[Tensor] = (),
+    most: float = float("inf"),
 ) -> tuple[Any, Recording | str]:
     """Run a function of inputs, and record what it does.
 
@@ -392,11 +409,12 @@ def record(
         function: of tensors on the CPU, called without gradients.
         inputs: what it is called with.
         weights: other tensors that it may read. Whether they are still the same is the caller's to know.
+        most: bytes that it may make while it is watched, which holds all of them.
 
     Returns:
         What the function returned, and the recording, or why there is none.
     """
-    before, recorder = WATCH.recorder, _Recorder()
+    before, recorder = WATCH.recorder, _Recorder(most)
     WATCH.recorder = recorder
     try:
         with recorder:
@@ -410,6 +428,8 @@ def record(
 
 
 _SEEN_ONCE = "it was called once"
+# What may be held while a function is watched, as a multiple of what its recording may take in one piece.
+_HELD = 4
 _ONE_AT_A_TIME = threading.Lock()  # a dispatch mode changes what all threads see
 
 
@@ -449,7 +469,7 @@ class Recordings(dict[Any, "Recording | str"]):
             self._keep(kind, _SEEN_ONCE)
         elif found == _SEEN_ONCE and _ONE_AT_A_TIME.acquire(blocking=False):
             try:
-                y, result = record(function, inputs, weights)
+                y, result = record(function, inputs, weights, _HELD * between)
             finally:
                 _ONE_AT_A_TIME.release()
             if isinstance(result, Recording) and result.between > between:

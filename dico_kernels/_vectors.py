@@ -37,10 +37,10 @@ def channel_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Of ``channel_attention`` by sums, weight and, a sample, bias: (N, C), as weight, (N, C).
 
-    None for more vectors than this is made for.
+    None for no vectors, or more than this is made for.
     """
     n, c = attention.shape
-    if n > FEW:
+    if not 0 < n <= FEW:
         return None
     if weight.dtype not in DTYPES:
         raise ValueError(f"weight has dtype {weight.dtype}: expected a floating dtype")

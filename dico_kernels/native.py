@@ -522,6 +522,8 @@ def gated_products(
             raise ValueError("sums is None: expected it with bias")
         dense("sums", sums, (n, k), wide, products.device)
         dense("bias", bias, (k,), products.dtype, products.device)
+    if not n and not add:
+        dweight.zero_()
     given = (products, weight, gate, s, sums, bias)
     args = (*given, dweight, dgate, dscale, partial, n, k, c, block, stride, int(add))
     call("gated_products", products, *args)

@@ -309,14 +309,14 @@ BUGS |= {
     ),
     "a recording of weights packed before": (
         "nn/_state.py",
-        "tuned_generation(), packed_generation(), isa",
-        "tuned_generation(), isa",
+        "(now, packed_generation(), settings)",
+        "(now, settings)",
         f"{RECORDED} -k packed_anew",
     ),
     "a recording of other settings": (
         "nn/_state.py",
-        "packed_generation(), isa, settings",
-        "packed_generation(), isa",
+        "(now, packed_generation(), settings)",
+        "(now, packed_generation())",
         f"{RECORDED} -k eps",
     ),
     "what was made of the weights is not known for theirs": (
@@ -381,8 +381,8 @@ BUGS |= {
     ),
     "an op's recording for any instruction set": (
         "ops/_recorded.py",
-        "generation(), native.extension().selected_isa(), torch",
-        "generation(), torch",
+        "generation(), native.extension().selected_isa()",
+        "generation()",
         "tests/ops/test_recorded.py -k depends_on",
     ),
     "an op's recording for any strides": (

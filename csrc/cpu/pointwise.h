@@ -2,9 +2,9 @@
 // convolution's bias want of it. The convolutions themselves are gemm.h's or the library's. Included inside the
 // namespace of one instruction set.
 
-// What G_n = dy_n^T x_n holds of the gradients of gate * W (s x), in one pass over it: dW += sum_n gate_n G_n s_n,
-// dgate_n = rowsum(W * G_n s_n), ds_n = colsum(gate_n W * G_n). A few rows of W at a time, which stay in the cache
-// from sample to sample; the sums over all rows are put together in the order of the blocks.
+// What G_n = dy_n^T x_n holds of the gradients of gate * (W (s x) + b), in one pass over it: dW = sum_n gate_n G_n
+// s_n, dgate_n = rowsum(W * G_n s_n) + b sum(dy_n), ds_n = colsum(gate_n W * G_n). A few rows of W at a time, which
+// stay in the cache from sample to sample; the sums over all rows are put together in the order of the blocks.
 template <bool Scaled, class T>
 static void gated_products_typed(const GatedProductsArgs& a, int threads) {
     using A = acc_t<T>;

@@ -45,7 +45,7 @@ struct Count {
     static constexpr int value = n;
 };
 
-// body(Count of n), for n of 1 to most.
+// body(Count of n), for n of 1 to most: not for none.
 template <int most, class Body>
 DICO_INLINE void by_count(int64_t n, Body body) {
     if constexpr (most == 1) {

@@ -15,15 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from dico_kernels import native
 from dico_kernels._packed import generation as packed_generation
 from dico_kernels._packed import holds
-from dico_kernels._recording import Recordings, is_recording
-from dico_kernels.ops._backends import current, is_observed
+from dico_kernels._recording import Recordings
 from dico_kernels.ops._library import only_numbers
-from dico_kernels.ops._recorded import enabled
-from dico_kernels.ops._tuning import generation as tuned_generation
-from dico_kernels.ops._tuning import is_measuring
+from dico_kernels.ops._recorded import occasion
 
 # Attributes in which another layer of the same type could do something else: of convolutions, and of the others.
 CONVOLUTION_SETTINGS = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
@@ -169,8 +165,8 @@ def recorded(
 ) -> Tensor:
     """function(*inputs, *derive()), which depends on nothing but the inputs, these weights of the module and settings.
 
-    From the second call on for inputs of the same shapes, strides and dtypes, on a CPU and without gradients, as a
-    recording, if it can be recorded.
+    From the third call on for inputs of the same shapes, strides and dtypes, on a CPU and without gradients, as a
+    recording of the second, if it can be recorded.
 
     Args:
         module: has just been found unchanged.
@@ -199,18 +195,16 @@ def recorded(
 
 def _epoch(module: nn.Module, weights: list[Tensor], settings: Any, inputs: Sequence[Tensor]) -> _Epoch | None:
     """The module's at present, if a call on these inputs may be recorded, or replayed."""
-    state = _STATES.get(module)
-    if state is None or not enabled() or not native.available() or is_recording() or is_observed() or is_measuring():
+    state, now = _STATES.get(module), occasion()
+    if state is None or now is None:
         return None
     if not all(x.is_cpu and not x.is_neg() and x.numel() for x in inputs):
         return None
     if torch._C._len_torch_function_stack() or not only_numbers(*inputs):
         return None
-    stamp, choice = _stamp(weights), current()
-    if stamp is None or choice[0] not in ("auto", "native"):
+    stamp, choices = _stamp(weights), (now, packed_generation(), settings)
+    if stamp is None:
         return None
-    isa = native.extension().selected_isa()
-    choices = choice, tuned_generation(), packed_generation(), isa, settings
     epoch = state.epoch
     if epoch is None or epoch.choices != choices or epoch.stamp != stamp:
         state.epoch = epoch = _Epoch(choices, stamp, weights)

@@ -123,7 +123,7 @@ def _comes_to_the_kernel(args: tuple[Any, ...], takes: tuple[bool, ...]) -> bool
         if not tensor:
             if type(a) not in _NUMBERS:
                 return False
-        elif type(a) in _PLAIN:
+        elif type(a) in PLAIN:
             found = _device_of(a)
             if found is None or found != (device or found):
                 return False
@@ -150,13 +150,13 @@ def _device_of(x: Tensor) -> str | None:
     return found
 
 
-_PLAIN = {Tensor, torch.nn.Parameter}
+PLAIN = {Tensor, torch.nn.Parameter}
 _NUMBERS = {int, float, bool}
 
 
 def only_numbers(x: Any, *more: Any) -> bool:
     """Whether a call on these, of one device, is for numbers alone: no gradients, autocast, tracing or transforms."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not {type(x), *map(type, more)} <= _PLAIN:
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not {type(x), *map(type, more)} <= PLAIN:
         return False
     return _unwatched() and not autocasting(x)
 

@@ -206,7 +206,7 @@ _CONV_BACKWARD = register(
     "conv_half_backward(Tensor dy, Tensor x, Tensor shift, Tensor scale, Tensor gate, Tensor pw1_weight, "
     "Tensor dw_weight, Tensor? dw_bias, Tensor ca_weight, Tensor pw2_weight, Tensor? pw2_bias, Tensor y1, "
     f"Tensor mean, Tensor rstd, Tensor pooled, Tensor attention) -> ({', '.join(['Tensor'] * 12)})",
-    recorded("conv_half_backward", _conv_backward, lambda args: True),
+    recorded("conv_half_backward", _conv_backward, weight=5),
     _conv_backward_fake,
 )
 
@@ -226,7 +226,7 @@ def _conv_gradient(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
 
 _CONV_HALF = register(
     f"conv_half({_CONV}, float eps, bool save) -> ({', '.join(['Tensor'] * 6)})",
-    recorded("conv_half", tunable("conv_half", _conv, weight=4, flags=1), lambda args: args[-1]),
+    recorded("conv_half", tunable("conv_half", _conv, weight=4, flags=1), weight=4, save=-1),
     _conv_fake,
     setup_context=_conv_setup,
     backward=_conv_gradient,
@@ -382,7 +382,7 @@ def _ffn_backward_fake(
 _FFN_BACKWARD = register(
     f"ffn_half_backward(Tensor dy, {_FFN}, Tensor mean, Tensor rstd, Tensor h, float eps) -> "
     f"({', '.join(['Tensor'] * 8)})",
-    recorded("ffn_half_backward", _ffn_backward, lambda args: True),
+    recorded("ffn_half_backward", _ffn_backward, weight=5),
     _ffn_backward_fake,
 )
 
@@ -404,7 +404,7 @@ def _ffn_gradient(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
 
 _FFN_HALF = register(
     f"ffn_half({_FFN}, float eps, bool save, bool recompute) -> ({', '.join(['Tensor'] * 4)})",
-    recorded("ffn_half", tunable("ffn_half", _ffn, weight=4, flags=2), lambda args: args[-2]),
+    recorded("ffn_half", tunable("ffn_half", _ffn, weight=4, flags=2), weight=4, save=-2),
     _ffn_fake,
     setup_context=_ffn_setup,
     backward=_ffn_gradient,

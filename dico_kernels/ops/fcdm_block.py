@@ -163,7 +163,7 @@ def _backward_fake(
 _BACKWARD = register(
     f"fcdm_block_backward(Tensor dy, {_ARGUMENTS}, Tensor mean, Tensor rstd, Tensor norm, Tensor h, float ln_eps, "
     f"float grn_eps) -> ({', '.join(['Tensor'] * 12)})",
-    recorded("fcdm_block_backward", _backward, lambda args: True),
+    recorded("fcdm_block_backward", _backward, weight=7),
     _backward_fake,
 )
 
@@ -186,7 +186,7 @@ def _gradient(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
 _FCDM_BLOCK = register(
     f"fcdm_block({_ARGUMENTS}, float ln_eps, float grn_eps, bool save, bool recompute) -> "
     f"({', '.join(['Tensor'] * 5)})",
-    recorded("fcdm_block", tunable("fcdm_block", _block, weight=6, flags=2), lambda args: args[-2]),
+    recorded("fcdm_block", tunable("fcdm_block", _block, weight=6, flags=2), weight=6, save=-2),
     _fake,
     setup_context=_setup,
     backward=_gradient,

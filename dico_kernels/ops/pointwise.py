@@ -204,4 +204,14 @@ def _by_products(
     return dgate, dweight, dscale
 
 
-__all__ = ["Product", "from_rows", "gated_gradients", "input_gradient", "linear", "product", "rows", "statistics_of"]
+__all__ = [
+    "Product",
+    "from_rows",
+    "gated_gradients",
+    "input_gradient",
+    "linear",
+    "plain_product",
+    "product",
+    "rows",
+    "statistics_of",
+]

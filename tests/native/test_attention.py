@@ -83,9 +83,10 @@ def test_gradients_have_the_same_bits_on_any_number_of_threads(isa, same_bits):
 
 
 def test_gradients_of_more_images_are_left_to_the_product():
-    sums, weight, bias = inputs((9, 5), torch.float32)
-    mean, attention = native.channel_attention(sums, 9, weight, bias)
-    assert native.channel_attention_backward(sums, attention, mean, 9, weight) is None
+    for n in (0, 9):
+        sums, weight, bias = inputs((n, 5), torch.float32)
+        mean, attention = native.channel_attention(sums, 9, weight, bias)
+        assert native.channel_attention_backward(sums, attention, mean, 9, weight) is None
 
 
 def test_bad_arguments_of_gradients_are_named():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 
 import pytest
 import torch
@@ -108,7 +109,7 @@ HELD = torch.randn(24)
     ("why", "function"),
     [
         ("it calls aten.add_", lambda x: native.gelu(x, False)[0].add_(1)),
-        ("it calls aten.zero_", lambda x: native.gelu(x.zero_(), False)[0]),
+        ("it calls aten.zero_", lambda x: native.gelu(x, False)[0].zero_()),
         ("it calls aten.cat", lambda x: torch.cat([x, native.gelu(x, False)[0]])),
         ("it calls aten.native_dropout", lambda x: torch.native_dropout(native.gelu(x, False)[0], 0.5, True)[0]),
         ("it calls aten.bernoulli", lambda x: torch.bernoulli(native.gelu(x, False)[0].sigmoid())),
@@ -148,9 +149,8 @@ class Mixed:
         logits = torch.nn.functional.linear((sums / 36).to(x.dtype), self.weight, vector)
         attention = torch.sigmoid(logits.to(sums.dtype))
         scaled = native.channel_affine(y, attention, overwrite=True)
-        counted = x.new_empty(24).zero_()
         both = (vector.clone() @ self.weight).to(torch.float64)
-        return scaled, gradient, each.sum(0), attention, x.new_empty(0), counted, both.to(torch.float32)
+        return scaled, gradient, each.sum(0), attention, x.new_empty(0), both.to(torch.float32)
 
     @property
     def weights(self):
@@ -177,6 +177,35 @@ def test_operators_between_kernels_write_where_they_are_told(dtype):
             assert torch.equal(one, other)
         args = given()
         y = function(*args)
+
+
+@torch.no_grad()
+def test_operators_read_what_is_turned_round_afterwards_as_it_was():
+    """In-place views change a tensor's shape, not its memory."""
+
+    def function(m):
+        a = m @ m
+        b = a @ m
+        a.t_()
+        return b + a @ m.unsqueeze_(0).squeeze_(0)
+
+    m = torch.randn(5, 5)
+    _, recording = record(function, (m,))
+    assert isinstance(recording, Recording), recording
+    m = torch.randn(5, 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # such as of a result that had to be resized
+        assert torch.equal(replayed(recording, m), function(m))
+
+
+@torch.inference_mode()
+def test_what_is_held_while_recording_is_limited():
+    function = lambda x: native.gelu(native.gelu(native.gelu(x, False)[0], False)[0], False)[0]  # noqa: E731
+    x = image()
+    assert isinstance(record(function, (x,), most=3 * x.nbytes)[1], Recording)
+    y, refusal = record(function, (x,), most=2 * x.nbytes)
+    assert refusal == "it makes too much memory to hold at once"
+    assert torch.equal(y, function(x))
 
 
 @torch.inference_mode()

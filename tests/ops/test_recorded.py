@@ -14,7 +14,9 @@ from dico_kernels._recording import Recording
 from dico_kernels.ops import _recorded
 from dico_kernels.reference.weights import fill_
 
-OWN = "v4bf16"
+if not (native.available() and native.multiplies(torch.empty(0))):
+    pytest.skip("recordings need a CPU whose products are ours (AVX-512)", allow_module_level=True)
+
 SHAPES = {
     "products of samples": (2, 24, 8, 8),
     "formed anew": (3, 24, 5, 7),
@@ -66,6 +68,7 @@ def same(found, expected):
     return all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.filterwarnings("error")  # such as of a result that had to be resized
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("family", ["DiCo", "FCDM"])
@@ -74,7 +77,7 @@ def test_same_bits(family, dtype, shape, monkeypatch):
     module = made(family, dtype, shape[1])
     for seed in range(2):
         step(module, *given(shape, dtype, seed))
-    if native.extension().selected_isa() == OWN and dtype != torch.float64:  # where native's products multiply
+    if native.multiplies(torch.empty(0, dtype=dtype)):  # or the library does, some of whose products cannot be told
         branches = ("conv_half", "ffn_half") if family == "DiCo" else ("fcdm_block",)
         found = recorded()
         for name in branches:
@@ -104,7 +107,8 @@ def test_autocast_and_recomputation(family):
     for seed in range(5):
         args = given(shape, torch.bfloat16, seed, autocast=True)
         assert same(step(module, *args, autocast=torch.bfloat16), plain(module, *args, autocast=torch.bfloat16))
-    assert any(v == 1 for v in recorded().values())
+    if native.multiplies(torch.empty(0, dtype=torch.bfloat16)):
+        assert any(v == 1 for v in recorded().values())
 
 
 def test_weights_are_read_at_each_call():
@@ -136,6 +140,10 @@ def test_what_a_recording_depends_on_is_part_of_its_kind():
     torch.set_num_threads(1)
     assert agrees()
     torch.set_num_threads(before)
+    with dk.backend("auto", products="library"):  # whose products are not recorded
+        before_library = recorded()
+        assert agrees()
+        assert recorded() == before_library
     for products in ("library", "fused"):
         with dk.backend("auto", products=products):
             assert agrees()
@@ -175,7 +183,7 @@ def test_large_calls_are_left_alone(monkeypatch):
     module, args = made("DiCo", torch.float32, shape[1]), given(shape, torch.float32, 0)
     for _ in range(4):
         assert same(step(module, *args), plain(module, *args))
-    assert all("bytes between" in str(v) for name, v in recorded().items() if "fcdm" not in name)
+    assert all("memory to hold" in str(v) for name, v in recorded().items() if "fcdm" not in name)
 
 
 def test_inference_is_recorded_whole_and_not_an_op_at_a_time():
