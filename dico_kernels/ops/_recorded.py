@@ -31,7 +31,7 @@ Op = Callable[..., Any]
 
 
 def occasion() -> tuple[Any, ...] | None:
-    """What any recording depends on beside its arguments and the number of threads; None where nothing is to be recorded or replayed now."""
+    """What any recording depends on, beside its arguments and the number of threads; None for none, now."""
     choice = current()
     if not _ENABLED or choice[0] not in ("auto", "native") or not native.available():
         return None
