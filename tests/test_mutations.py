@@ -195,7 +195,7 @@ BUGS |= {
             "cca.py",
             "(narrow @ matrix).to(pooled.dtype) / pixels",
             "(narrow @ matrix).to(pooled.dtype)",
-            BRANCHES + "conv_half-native",
+            BRANCHES + "conv_half-reference",
         ),
         "the branch formed anew without its bias": (
             "pointwise.py",
