@@ -229,6 +229,16 @@ PYBIND11_MODULE(_C, m) {
          &GP::bias, &GP::dweight, &GP::dgate, &GP::dscale, &GP::partial, &GP::samples, &GP::outputs, &GP::inputs,
          &GP::block_rows, &GP::gate_stride, &GP::add);
 
+    m.def("weight_gradient_scratch",
+          [](int dtype, int threads, int64_t samples, int64_t pixels, int64_t outputs, int64_t inputs) {
+              return dico::cpu::kernels().weight_gradient_scratch(static_cast<dico::Dtype>(dtype), samples, pixels,
+                                                                  outputs, inputs, threads);
+          });
+    using WG = dico::WeightGradientArgs;
+    bind(m, "weight_gradient", &Kernels::weight_gradient, &WG::dy, &WG::x, &WG::weight, &WG::gate, &WG::s,
+         &WG::shift, &WG::gated, &WG::sums, &WG::bias, &WG::dweight, &WG::dgate, &WG::dscale, &WG::scratch,
+         &WG::samples, &WG::pixels, &WG::outputs, &WG::inputs, &WG::gate_stride);
+
     using CT = dico::AttentionArgs;
     bind(m, "channel_attention", &Kernels::channel_attention, &CT::sums, &CT::weight, &CT::bias, &CT::mean,
          &CT::attention, &CT::images, &CT::channels, &CT::pixels);

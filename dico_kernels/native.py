@@ -29,6 +29,8 @@ from dico_kernels._vectors import cca_gate as cca_gate
 from dico_kernels._vectors import channel_attention as channel_attention
 from dico_kernels._vectors import channel_attention_backward as channel_attention_backward
 from dico_kernels._vectors import conditioning as conditioning
+from dico_kernels._weight_gradients import gated_products as gated_products
+from dico_kernels._weight_gradients import weight_gradient as weight_gradient
 from dico_kernels.dtypes import accumulation_dtype
 
 # ---- adaLN and the gated residual: csrc/cpu/adaln.h ----
@@ -430,9 +432,12 @@ def pixel_shuffle_skip(up: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | 
 
 
 def pixel_shuffle_skip_backward(
-    dy: Tensor, up: Tensor, skip: Tensor, weight: Tensor
+    dy: Tensor, up: Tensor, skip: Tensor, weight: Tensor, own: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of pixel_shuffle_skip: dup, dskip; dweight (K, C+S, 1, 1) and dbias (K,) in the accumulation dtype."""
+    """Gradients of pixel_shuffle_skip: dup, dskip; dweight (K, C+S, 1, 1), and per sample dbias (N, K).
+
+    dweight is in the accumulation dtype or in weight's, dbias in the former. own as in the forward.
+    """
     small, large, matrix = _shuffle_views(up, skip, weight)
     k, wide = matrix.shape
     n, _, height, width = skip.shape
@@ -440,18 +445,30 @@ def pixel_shuffle_skip_backward(
     if dy.shape != (n, k, height, width):
         raise ValueError(f"dy has shape {tuple(dy.shape)}: expected {(n, k, height, width)}")
     kind("dy", dy, up.dtype, up.device)
-    dy_rows = dy.permute(0, 2, 3, 1).reshape(-1, k)
+    own = own and multiplies(weight)
+    dy_rows = rows(dy)
     dup, dskip = like(up), like(skip)
     dsmall = dup.permute(0, 2, 3, 1).reshape(small.shape)
     dlarge = dskip.permute(0, 2, 3, 1).reshape(large.shape)
-    dweight = torch.zeros(k, wide, dtype=accumulation_dtype(up.dtype), device=up.device)
+    dweight = None
     for part, pixels, cat in _shuffle_chunks(small, wide):
         sizes = (part.stop - part.start, small.shape[1], small.shape[2] // 4, large.shape[2])
+        given = dy_rows[pixels]
         call("shuffle_gather", up, small[part], large[part], cat, *sizes)
-        dweight += torch.mm(dy_rows[pixels].t(), cat)
-        cat = linear(dy_rows[pixels], matrix.t())
+        if own and up.dtype == torch.float32:  # as ops.pointwise.weight_gradient
+            products = weight_gradient(given[None], cat[None])[0]
+        else:
+            products = torch.mm(given.t(), cat)
+        if part.stop - part.start < small.shape[0]:  # the first of several, or a later one
+            products = products.to(accumulation_dtype(up.dtype))
+        dweight = products if dweight is None else dweight.add_(products)
+        if own:
+            cat = rows(pointwise(given.t()[None, :, :, None], matrix.t(), None, frozen=False).y)
+        else:
+            cat = linear(given, matrix.t())
         call("shuffle_scatter", up, dsmall[part], dlarge[part], cat, *sizes)
-    return dup, dskip, dweight.reshape(k, wide, 1, 1), channel_sums(dy).sum(0)
+    assert dweight is not None
+    return dup, dskip, dweight.reshape(k, wide, 1, 1), channel_sums(dy)
 
 
 # ---- between two 1x1 convolutions: csrc/cpu/pointwise.h ----
@@ -488,43 +505,3 @@ def gelu_backward(
     dx, sums, y = dy if overwrite else like(x), reduced(x, n, c), like(x) if keep else None
     call("gelu_backward", x, *sizes, dy, x, s, r, dx, y, sums, reduced(x, blocks, c))
     return dx, y, sums
-
-
-def gated_products(
-    products: Tensor,
-    weight: Tensor,
-    gate: Tensor,
-    s: Tensor | None,
-    dweight: Tensor,
-    sums: Tensor | None = None,
-    bias: Tensor | None = None,
-    add: bool = True,
-) -> tuple[Tensor, Tensor | None]:
-    """What G_n = dy_n^T x_n, (N, K, C), holds of the gradients of gate * (W (s x) + b); see ops/pointwise.py.
-
-    Adds sum_n gate_n G_n s_n to dweight (K, C), or writes it there; returns rowsum(W * G_n s_n), (N, K), with b t_n
-    where b and t, the sums (N, K), are given, and with s, (N, C), colsum(gate_n W * G_n), (N, C). dweight, s, t and
-    what is returned are in the accumulation dtype.
-    """
-    n, k, c = products.shape
-    wide = accumulation_dtype(products.dtype)
-    dense("products", products, (n, k, c), products.dtype, products.device)
-    dense("weight", weight, (k, c), products.dtype, products.device)
-    stride = vector("gate", gate, products)
-    dense("dweight", dweight, (k, c), wide, products.device)
-    block = max(min(-(-k // 32), 64), 4)
-    dgate, dscale, partial = reduced(products, n, k), None, None
-    if s is not None:
-        dense("s", s, (n, c), wide, products.device)
-        dscale, partial = reduced(products, n, c), reduced(products, -(-k // block), n, c)
-    if bias is not None:
-        if sums is None:
-            raise ValueError("sums is None: expected it with bias")
-        dense("sums", sums, (n, k), wide, products.device)
-        dense("bias", bias, (k,), products.dtype, products.device)
-    if not n and not add:
-        dweight.zero_()
-    given = (products, weight, gate, s, sums, bias)
-    args = (*given, dweight, dgate, dscale, partial, n, k, c, block, stride, int(add))
-    call("gated_products", products, *args)
-    return dgate, dscale

@@ -205,8 +205,20 @@ BUGS |= {
         ),
         "the gate's gradient by products without the bias": (
             "pointwise.py",
-            "weight, sums, check.dense(bias))",
-            "weight, sums, None)",
+            "rows(x), s, gate, weight, sums, bias)",
+            "rows(x), s, gate, weight, sums, None)",
+            "tests/ops/test_branches.py -k per_sample_products",
+        ),
+        "the gate's gradient by our products without the bias": (
+            "pointwise.py",
+            "weight, gate, s, shift, by, sums, bias)",
+            "weight, gate, s, shift, by, None, None)",
+            "tests/ops/test_branches.py -k per_sample_products",
+        ),
+        "our products' gradient for one sample's shift": (
+            "pointwise.py",
+            "gradients(sums.dtype, (gated, weight.shape[:1]))[0]",
+            "gated[0]",
             "tests/ops/test_branches.py -k per_sample_products",
         ),
         "GRN's beta not in the gate's gradient": (

@@ -63,8 +63,8 @@ BUGS = {
     ),
     "a weight's stride forgotten while it is packed": (
         "gemm.h",
-        "copy_operand<T>(at, from + n * a.output_stride + k * a.input_stride);",
-        "copy_operand<T>(at, from + n * a.output_stride + k);",
+        "copy_operand<T>(at, from + n * output_stride + k * input_stride);",
+        "copy_operand<T>(at, from + n * output_stride + k);",
         "test_gemm.py::test_packed_weights_multiply_to_the_same_bits",
     ),
     "a pixel's right neighbour gathered from its left": (
@@ -74,22 +74,34 @@ BUGS = {
         "test_pixel_shuffle.py::test_gathered_inside_the_product",
     ),
     "the gate's part of a scale's gradient forgotten": (
-        "pointwise.h",
-        "column += weighted * by[r];",
+        "weight_gradient.h",
+        "column += weighted * by;",
         "column += weighted;",
-        "test_pointwise.py::test_gated_products",
+        "test_weight_gradient.py::test_of_products",
+    ),
+    "a group of samples put in the place of those before": (
+        "weight_gradient.h",
+        "if (n0) sum += vload(dweight + at, lanes);",
+        "",
+        "test_weight_gradient.py::test_plain",
+    ),
+    "a shift's part of a weight's gradient forgotten": (
+        "weight_gradient.h",
+        "if (shift) sum += vload(shift + c0 + c, lanes) * by;",
+        "",
+        "test_weight_gradient.py::test_with_a_shift_and_a_bias -k 33",
     ),
     "the second of a pair of inputs packed twice": (
         "gemm.h",
         "__builtin_memcpy(&low, row, sizeof low);",
-        "__builtin_memcpy(&low, row + a.input_stride, sizeof low);",
+        "__builtin_memcpy(&low, row + input_stride, sizeof low);",
         "test_gemm.py::test_packed_weights_multiply_to_the_same_bits",
     ),
     "a weight's gradient added to what was there": (
-        "pointwise.h",
+        "weight_gradient.h",
         "if (n || a.add) gated",
         "if (n || !a.add) gated",
-        "test_pointwise.py::test_gated_products_written_with_a_bias",
+        "test_weight_gradient.py::test_of_products_written_with_a_bias",
     ),
     "the sigmoid's slope forgotten in channel attention": (
         "attention.h",

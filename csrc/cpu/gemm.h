@@ -92,73 +92,82 @@ DICO_INLINE void transpose(vuint* rows) {
 }
 #endif
 
-// W (outputs, inputs), in any strides, as panels of kPanel outputs, the last one narrower: for each pair of inputs
-// (or each one) the panel's outputs next to one another, zero past the last.
+// kLanes columns of W^T, or what is left of them, W's elements (output, input) lying in any strides: for each pair
+// of inputs (or each one) the columns' elements next to one another, zero past the last, `width` columns from the
+// next. Along the rows of W, a few at a time: a column of lines of memory is what no processor foresees, so where
+// its columns are dense, as those of a transpose are, it is told.
+template <class T>
+DICO_INLINE void pack_columns(const T* from, int64_t outputs, int64_t inputs, int64_t output_stride,
+                              int64_t input_stride, operand_t<T>* to, int64_t width) {
+    using E = operand_t<T>;
+    const int64_t depth = depth_of<T>(inputs);
+    int64_t k = 0;
+    if constexpr (sizeof(E) == sizeof(T))
+        if (output_stride == 1 && kLanes<T> <= outputs)
+            for (; k + kPair<T> <= inputs; k += kPair<T>) {
+                constexpr int kAhead = 16;
+                const T* const row = from + k * input_stride;
+                E* const at = to + k * width;
+                for (int i = 0; i < kPair<T>; ++i) __builtin_prefetch(row + (kAhead * kPair<T> + i) * input_stride);
+                if constexpr (kPair<T> == 2) {
+                    vhalves low, high;
+                    __builtin_memcpy(&low, row, sizeof low);
+                    __builtin_memcpy(&high, row + input_stride, sizeof high);
+                    const vuint pairs = __builtin_convertvector(low, vuint) | __builtin_convertvector(high, vuint)
+                                                                                  << 16;
+                    __builtin_memcpy(at, &pairs, sizeof pairs);
+                } else {
+                    __builtin_memcpy(at, row, kLanes<T> * sizeof(T));
+                }
+            }
+#if !defined(__clang__)  // which has another name for the shuffle
+    constexpr int L = kLanes<float>, kInputs = L * kPair<T>;
+    if constexpr (sizeof(E) == sizeof(T) && sizeof(T) * kPair<T> == sizeof(uint32_t))
+        if (input_stride == 1 && L <= outputs)
+            for (; k + kInputs <= inputs; k += kInputs) {
+                vuint rows[L];
+                for (int i = 0; i < L; ++i)
+                    __builtin_memcpy(&rows[i], from + i * output_stride + k, sizeof rows[i]);
+                transpose(rows);
+                for (int i = 0; i < L; ++i)
+                    __builtin_memcpy(to + (k + i * kPair<T>)*width, &rows[i], sizeof rows[i]);
+            }
+#endif
+    for (; k < depth; ++k)
+        for (int64_t n = 0; n < kLanes<T>; ++n) {
+            E* const at = to + (k / kPair<T> * width + n) * kPair<T> + k % kPair<T>;
+            if (n < outputs && k < inputs)
+                copy_operand<T>(at, from + n * output_stride + k * input_stride);
+            else
+                *at = E{};
+        }
+}
+
+// W (outputs, inputs), in any strides, as panels of kPanel outputs, the last one narrower.
 template <class T>
 static void pack_typed(const PackArgs& a, int threads) {
-    using E = operand_t<T>;
     const int64_t depth = depth_of<T>(a.inputs);
     const int64_t whole = (a.outputs + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
-    const T* weight = static_cast<const T*>(a.weight);
-    E* packed = static_cast<E*>(a.packed);
     threads = threads_for(whole * depth, threads);
-    // Along the rows of W, a few at a time: a column of lines of memory is what no processor foresees, so where its
-    // columns are dense, as those of a transpose are, it is told.
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t n0 = 0; n0 < whole; n0 += kLanes<T>) {
         const int64_t panel = n0 / kPanel<T> * kPanel<T>;
         const int64_t width = whole - panel < kPanel<T> ? whole - panel : kPanel<T>;
-        E* const to = packed + panel * depth + (n0 - panel) * kPair<T>;
-        const T* const from = weight + n0 * a.output_stride;
-        int64_t k = 0;
-        if constexpr (sizeof(E) == sizeof(T))
-            if (a.output_stride == 1 && n0 + kLanes<T> <= a.outputs)
-                for (; k + kPair<T> <= a.inputs; k += kPair<T>) {
-                    constexpr int kAhead = 16;
-                    const T* const row = from + k * a.input_stride;
-                    E* const at = to + k * width;
-                    for (int i = 0; i < kPair<T>; ++i)
-                        __builtin_prefetch(row + (kAhead * kPair<T> + i) * a.input_stride);
-                    if constexpr (kPair<T> == 2) {
-                        vhalves low, high;
-                        __builtin_memcpy(&low, row, sizeof low);
-                        __builtin_memcpy(&high, row + a.input_stride, sizeof high);
-                        const vuint pairs =
-                            __builtin_convertvector(low, vuint) | __builtin_convertvector(high, vuint) << 16;
-                        __builtin_memcpy(at, &pairs, sizeof pairs);
-                    } else {
-                        __builtin_memcpy(at, row, kLanes<T> * sizeof(T));
-                    }
-                }
-#if !defined(__clang__)  // which has another name for the shuffle
-        constexpr int L = kLanes<float>, kInputs = L * kPair<T>;
-        if constexpr (sizeof(E) == sizeof(T) && sizeof(T) * kPair<T> == sizeof(uint32_t))
-            if (a.input_stride == 1 && n0 + L <= a.outputs)
-                for (; k + kInputs <= a.inputs; k += kInputs) {
-                    vuint rows[L];
-                    for (int i = 0; i < L; ++i)
-                        __builtin_memcpy(&rows[i], from + i * a.output_stride + k, sizeof rows[i]);
-                    transpose(rows);
-                    for (int i = 0; i < L; ++i)
-                        __builtin_memcpy(to + (k + i * kPair<T>)*width, &rows[i], sizeof rows[i]);
-                }
-#endif
-        for (; k < depth; ++k)
-            for (int64_t n = 0; n < kLanes<T>; ++n) {
-                E* const at = to + (k / kPair<T> * width + n) * kPair<T> + k % kPair<T>;
-                if (n0 + n < a.outputs && k < a.inputs)
-                    copy_operand<T>(at, from + n * a.output_stride + k * a.input_stride);
-                else
-                    *at = E{};
-            }
+        pack_columns<T>(static_cast<const T*>(a.weight) + n0 * a.output_stride, a.outputs - n0, a.inputs,
+                        a.output_stride, a.input_stride,
+                        static_cast<operand_t<T>*>(a.packed) + panel * depth + (n0 - panel) * kPair<T>, width);
     }
 }
 
-// sums[i * V + j] = the product of row i of a and vector j of the panel's outputs.
-template <int R, int V, class E>
+// sums[i * V + j] = the product of row i of a and vector j of the panel's outputs. With Across a is held as packed
+// columns are, one pair of all rows `stride` from the next.
+template <int R, int V, bool Across, class E>
 static __attribute__((noinline)) void multiply_tile(const E* a, int64_t stride, const E* panel, int64_t depth,
                                                     vec_t<E>* sums) {
     constexpr int kLine = kLanes<E> * kPair<E>;
+    const auto at = [=](int i, int64_t k) {
+        return a + (Across ? k / kPair<E> * stride + i * kPair<E> : i * stride + k);
+    };
     vec_t<E> sum[R][V] = {};
     for (int64_t k = 0; k < depth; k += kPair<E>, panel += V * kLine) {
 #if defined(__AVX512BF16__)
@@ -169,7 +178,7 @@ static __attribute__((noinline)) void multiply_tile(const E* a, int64_t stride, 
 #pragma GCC unroll 6
             for (int i = 0; i < R; ++i) {
                 int pair;
-                __builtin_memcpy(&pair, a + i * stride + k, sizeof pair);
+                __builtin_memcpy(&pair, at(i, k), sizeof pair);
                 const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
 #pragma GCC unroll 4
                 for (int j = 0; j < V; ++j)
@@ -183,7 +192,7 @@ static __attribute__((noinline)) void multiply_tile(const E* a, int64_t stride, 
             for (int j = 0; j < V; ++j) column[j] = vload(panel + j * kLine);
 #pragma GCC unroll 6
             for (int i = 0; i < R; ++i) {
-                const vec_t<E> all = vec_t<E>{} + a[i * stride + k];
+                const vec_t<E> all = vec_t<E>{} + *at(i, k);
 #pragma GCC unroll 4
                 for (int j = 0; j < V; ++j) sum[i][j] += all * column[j];
             }
@@ -210,8 +219,8 @@ DICO_INLINE void product(const operand_t<T>* a, int64_t stride, int64_t rows, co
             const int64_t count = rows - m < kTileRows ? rows - m : kTileRows;
             by_count<kTileRows>(count, [&](auto r) {
                 by_count<kTileVectors>(vectors, [&](auto v) {
-                    multiply_tile<decltype(r)::value, decltype(v)::value>(a + m * stride, stride,
-                                                                          packed + n * depth, depth, sums);
+                    multiply_tile<decltype(r)::value, decltype(v)::value, false>(a + m * stride, stride,
+                                                                                 packed + n * depth, depth, sums);
                 });
             });
             each_vector<T>(left < kPanel<T> ? left : kPanel<T>,

@@ -41,6 +41,7 @@ static inline int thread_number() { return 0; }
 #include "pixel_shuffle.h"
 #include "pointwise.h"
 #include "sums.h"
+#include "weight_gradient.h"
 
 extern const Kernels table;
 const Kernels table = {DICO_STRING(DICO_ISA),
@@ -65,6 +66,8 @@ const Kernels table = {DICO_STRING(DICO_ISA),
                        gelu_forward,
                        gelu_backward,
                        gated_products,
+                       weight_gradient_scratch,
+                       weight_gradient,
                        channel_attention,
                        channel_attention_backward,
                        cca_gate,

@@ -92,3 +92,13 @@ static void sum_blocks(const A* partial, int64_t stride, A* out, const Image& i,
         });
     }
 }
+
+// out[i] = the sum over parts of partial[part][i], in their order.
+template <class A>
+static void sum_parts(const A* partial, int64_t parts, int64_t size, A* out) {
+    each_vector<A>(size, [&](int64_t i, auto lanes) {
+        vec_t<A> sum = {};
+        for (int64_t p = 0; p < parts; ++p) sum += vload(partial + p * size + i, lanes);
+        vstore(out + i, sum, lanes);
+    });
+}

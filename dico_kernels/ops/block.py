@@ -175,7 +175,7 @@ def _conv_backward(
     dx, a, dshift, dscale = select("adaln_modulate_backward_residual", x)(
         da, check.channels_last(dy), x, check.dense_rows(shift), check.dense_rows(scale), mean, rstd
     )
-    dw1 = pw.rows(dy1).t() @ pw.rows(a)
+    dw1 = pw.weight_gradient(dy1, a)
     db1 = select("channel_sums", x)(dy1)
     c, inner = x.shape[1:2], w1.shape[:1]
     dshift, dscale, dgate, db1, ddw, ddb, dba, db2 = gradients(
@@ -358,7 +358,7 @@ def _ffn_backward(
     del hidden, dhidden, dy_narrow, dbranch
     da = pw.input_gradient(dh, m1)
     dx, a, dshift, dscale = select("adaln_modulate_backward_residual", x)(da, dy, x, shift, scale, mean, rstd)
-    dw1 = pw.rows(dh).t() @ pw.rows(a)
+    dw1 = pw.weight_gradient(dh, a)
     dshift, dscale, dgate, db1, db2 = gradients(
         w1.dtype, (dshift, shift.shape), (dscale, scale.shape), (dgate, gate.shape), (db1, w1.shape[:1]),
         (db2, x.shape[1:2]),

@@ -10,8 +10,9 @@ from dico_kernels.dtypes import accumulation_dtype
 from dico_kernels.ops import _checks as check
 from dico_kernels.ops._backends import select
 from dico_kernels.ops._library import only_needed, reduce_to, register
+from dico_kernels.ops._recorded import recorded
 from dico_kernels.ops._sums import gradients, of_samples
-from dico_kernels.ops.pointwise import from_rows, input_gradient, linear, rows
+from dico_kernels.ops.pointwise import input_gradient, plain_product, weight_gradient
 
 # ---- pointwise_depthwise_gelu ----
 
@@ -30,7 +31,7 @@ def _pdg(
     _check_pdg(x, pw_weight, pw_bias, dw_weight, dw_bias)
     if x.shape[0] == 0:
         return _pdg_fake(x, pw_weight, pw_bias, dw_weight, dw_bias)
-    hidden = from_rows(linear(rows(check.channels_last(x)), check.matrix(pw_weight), check.dense(pw_bias)), x)
+    hidden = plain_product(check.channels_last(x), check.matrix(pw_weight), check.dense(pw_bias))
     y: Tensor = select("depthwise", x)(hidden, dw_weight.contiguous(), check.dense(dw_bias), True)
     return y, hidden
 
@@ -53,7 +54,7 @@ def _pdg_backward(
         check.channels_last(dy), check.channels_last(hidden), dw_weight.contiguous(), check.dense(dw_bias), True
     )
     dx = input_gradient(dhidden, check.matrix(pw_weight))
-    dpw = (rows(dhidden).t() @ rows(check.channels_last(x))).reshape(pw_weight.shape)
+    dpw = weight_gradient(dhidden, check.channels_last(x)).reshape(pw_weight.shape)
     sums = select("channel_sums", x)(dhidden)
     k = pw_weight.shape[:1]
     return dx, dpw, *gradients(x.dtype, (sums, k), (ddw, dw_weight.shape), (ddb, k))  # type: ignore[return-value]
@@ -70,7 +71,7 @@ def _pdg_backward_fake(
 _PDG_BACKWARD = register(
     "pointwise_depthwise_gelu_backward(Tensor dy, Tensor x, Tensor hidden, Tensor pw_weight, Tensor dw_weight, "
     "Tensor? dw_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _pdg_backward,
+    recorded("pointwise_depthwise_gelu_backward", _pdg_backward, weight=3),
     _pdg_backward_fake,
 )
 
@@ -102,7 +103,7 @@ def pointwise_depthwise_gelu(
 ) -> Tensor:
     """DiCo's convolution: GELU(depthwise(pointwise(x))), GELU in its exact (erf) form.
 
-    The 1x1 is the library's matrix product on the channels_last rows; depthwise, bias and GELU are one kernel. The
+    The 1x1 is a matrix product on the channels_last rows; depthwise, bias and GELU are one kernel. The
     zero padding surrounds the 1x1's output, bias included.
 
     Args:

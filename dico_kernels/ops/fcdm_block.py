@@ -130,7 +130,7 @@ def _backward(
     dz, a, dshift, dscale = select("adaln_modulate_backward_residual", x)(
         da, None, z, check.dense_rows(shift), check.dense_rows(scale), mean, rstd
     )
-    dw1 = pw.rows(dh).t() @ pw.rows(a)
+    dw1 = pw.weight_gradient(dh, a)
     dx, ddw, ddb = select("depthwise_backward", x)(dz, narrow_x, dw, None, False)
     c, inner = x.shape[1:2], w1.shape[:1]
     (db2,) = gradients(norm.dtype, (gated, c))

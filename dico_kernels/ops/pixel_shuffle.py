@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ from dico_kernels import native
 from dico_kernels.ops import _checks as check
 from dico_kernels.ops._backends import multiplies_natively, select
 from dico_kernels.ops._library import only_needed, register
+from dico_kernels.ops._recorded import recorded
 from dico_kernels.ops._sums import gradients
 
 
@@ -27,15 +29,21 @@ def _check(up: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | None) -> Non
     check.vector("bias", bias, weight.shape[0], up)
 
 
+def _kernel(entry: str, up: Tensor, weight: Tensor) -> Callable[..., Any]:
+    kernel = select(entry, up)
+    if kernel in (native.pixel_shuffle_skip, native.pixel_shuffle_skip_backward):
+        return partial(kernel, own=multiplies_natively(weight, up))
+    return kernel
+
+
 def _forward(up: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     _check(up, skip, weight, bias)
     if up.shape[0] == 0:
         return check.empty_image(up, weight.shape[0], 2)
     four = weight.contiguous() if weight.ndim == 4 else check.matrix(weight)[:, :, None, None]
-    kernel = select("pixel_shuffle_skip", up)
-    if kernel is native.pixel_shuffle_skip:
-        kernel = partial(kernel, own=multiplies_natively(four, up))
-    y: Tensor = kernel(check.channels_last(up), check.channels_last(skip), four, check.dense(bias))
+    y: Tensor = _kernel("pixel_shuffle_skip", up, four)(
+        check.channels_last(up), check.channels_last(skip), four, check.dense(bias)
+    )
     return y
 
 
@@ -50,7 +58,7 @@ def _backward(dy: Tensor, up: Tensor, skip: Tensor, weight: Tensor) -> tuple[Ten
         return dup, dskip, dweight.zero_(), dbias.zero_()
     images = [check.channels_last(v) for v in (dy, up, skip)]
     four = check.matrix(weight)[:, :, None, None]
-    dup, dskip, dweight, dbias = select("pixel_shuffle_skip_backward", up)(*images, four)
+    dup, dskip, dweight, dbias = _kernel("pixel_shuffle_skip_backward", up, four)(*images, four)
     sums = gradients(up.dtype, (dweight, weight.shape), (dbias, weight.shape[:1]))
     return dup, dskip, *sums
 
@@ -62,7 +70,7 @@ def _backward_fake(dy: Tensor, up: Tensor, skip: Tensor, weight: Tensor) -> tupl
 
 _BACKWARD = register(
     "pixel_shuffle_skip_backward(Tensor dy, Tensor up, Tensor skip, Tensor weight) -> (Tensor, Tensor, Tensor, Tensor)",
-    _backward,
+    recorded("pixel_shuffle_skip_backward", _backward, weight=3),
     _backward_fake,
 )
 

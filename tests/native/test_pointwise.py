@@ -81,63 +81,9 @@ def test_gelu_backward(isa, shape, dtype, image, vector, keep, affine, overwrite
         assert rel_rms(y, out.detach()) <= budget(dtype)
 
 
-@pytest.mark.parametrize("broadcast", [False, True])
-@pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 5, 7), (3, 67, 33), (1, 130, 17)], ids=str)
-def test_gated_products(isa, dtype, sizes, scaled, broadcast):
-    n, k, c = sizes
-    acc = accumulation_dtype(dtype)
-    products, weight = torch.randn(n, k, c).to(dtype), torch.randn(k, c).to(dtype)
-    gate = torch.randn(1 if broadcast else n, k).to(dtype)
-    s = torch.randn(n, c, dtype=acc) if scaled else None
-    before = torch.randn(k, c, dtype=acc)
-    dweight = before.clone()
-    dgate, dscale = native.gated_products(products, weight, gate, s, dweight)
-    g, w = gate.double().expand(n, k)[:, :, None], weight.double()
-    by = torch.ones(n, 1, c, dtype=torch.float64) if s is None else s.double()[:, None]
-    limit = 1e-13 if dtype == torch.float64 else 1e-6
-    for found, terms, dim in (
-        (dweight, torch.cat([before.double()[None], products.double() * g * by]), 0),
-        (dgate, products.double() * w * by, 2),
-        *([(dscale, products.double() * w * g, 1)] if scaled else []),
-    ):
-        assert found.dtype == acc
-        # The terms have signs, so the error is measured by what was summed, not by what is left of it.
-        assert (found - terms.sum(dim)).norm() <= limit * terms.abs().sum(dim).norm()
-
-
-@pytest.mark.parametrize("scaled", [False, True])
-def test_gated_products_written_with_a_bias(isa, dtype, scaled):
-    """Into memory that holds nothing yet; gates as rows of a wider matrix."""
-    n, k, c = 3, 67, 33
-    acc = accumulation_dtype(dtype)
-    products, weight = torch.randn(n, k, c).to(dtype), torch.randn(k, c).to(dtype)
-    gate, bias = torch.randn(n, 3 * k).to(dtype)[:, k : 2 * k], torch.randn(k).to(dtype)
-    s, sums = torch.randn(n, c, dtype=acc) if scaled else None, torch.randn(n, k, dtype=acc)
-    plain, before = torch.zeros(k, c, dtype=acc), torch.full((k, c), float("nan"), dtype=acc)
-    dgate, dscale = native.gated_products(products, weight, gate.contiguous(), s, plain)
-    with_bias, same = native.gated_products(products, weight, gate, s, before, sums, bias, False)
-    assert torch.equal(before, plain)
-    assert (dscale is None) == (same is None)
-    assert dscale is None or torch.equal(dscale, same)
-    exact = dgate.double() + sums.double() * bias.double()
-    assert (with_bias - exact).norm() <= (1e-14 if dtype == torch.float64 else 1e-6) * exact.norm()
-    with pytest.raises(ValueError, match="sums is None"):
-        native.gated_products(products, weight, gate, s, before, None, bias)
-    with pytest.raises(ValueError, match="bias has shape"):
-        native.gated_products(products, weight, gate, s, before, sums, bias[:5])
-
-
 def test_the_same_bits_on_any_number_of_threads(isa, image, same_bits):
     x, dy = image((2, 136, 11, 13), torch.float32), image((2, 136, 11, 13), torch.float32)
-    products, weight, gate, s = torch.randn(3, 67, 33), torch.randn(67, 33), torch.randn(3, 67), torch.randn(3, 33)
-
-    def run():
-        dweight = torch.zeros(67, 33)
-        both = native.gated_products(products, weight, gate, s, dweight)
-        return [*native.gelu(x, True), *native.gelu_backward(dy, x, keep=True), *both, dweight]
-
-    same_bits(run)
+    same_bits(lambda: [*native.gelu(x, True), *native.gelu_backward(dy, x, keep=True)])
 
 
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=str)
@@ -180,10 +126,6 @@ def test_a_float32_stream_beside_narrow_branches(isa, shape, image, vector, narr
         (lambda x: native.gelu_backward(x, x, torch.ones(2, 4), torch.ones(2, 3)), r"s has shape \(2, 4\)"),
         (lambda x: native.gated_residual(x.double(), x, torch.ones(2, 3)), "expected the same, or float32"),
         (lambda x: native.gate_gradient(x, torch.ones(3, 3)), r"gate has shape \(3, 3\)"),
-        (
-            lambda x: native.gated_products(torch.ones(2, 3, 4), torch.ones(3, 3), torch.ones(2, 3), None, x),
-            r"weight has shape \(3, 3\)",
-        ),
     ],
 )
 def test_what_would_break_memory_is_refused(call, message):

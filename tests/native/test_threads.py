@@ -51,6 +51,7 @@ def kernels(c, size):
         "depthwise_backward": lambda: native.depthwise_backward(y, x, taps, bias, True),
         "gelu": lambda: native.gelu(x, True),
         "gated_products": lambda: native.gated_products(table, weight, gate, sums, added),
+        "weight_gradient": lambda: native.weight_gradient(*(v.flatten(2).mT for v in (y, x)), weight, gate, sums),
         "pointwise": lambda: native.pointwise(x, weight, bias),
         "shuffle_gather": lambda: call("shuffle_gather", up, up, skip, cat, size, size, c, c),
         "shuffle_scatter": lambda: call("shuffle_scatter", up, up, skip, cat, size, size, c, c),
@@ -79,7 +80,7 @@ def test_small_images_wake_no_thread(tmp_path: Path):
     done = run_python("-c", WATCHED, cwd=tmp_path, OMP_WAIT_POLICY="passive")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert len(found) == 16
+    assert len(found) == 17
     assert {name for name, (small, _) in found.items() if small} == set()
     # without OpenMP kernels know one thread only
     assert {name for name, (_, large) in found.items() if large} == (set(found) if native.build()["openmp"] else set())

@@ -212,6 +212,26 @@ struct GatedProductsArgs {
     int64_t add;  // to what dweight holds
 };
 
+// The same of dy (samples, pixels, outputs) and x (samples, pixels, inputs), for gate * (W (s x + shift) + b); or
+// without a gate, dW = sum_n G_n alone.
+struct WeightGradientArgs {
+    const void* dy;
+    const void* x;
+    const void* weight;
+    const void* gate;  // or null, and then all but dweight
+    const void* s;
+    const void* shift;  // (inputs), with gated (outputs), the sums over samples and pixels of gate * dy; or null
+    const void* gated;
+    const void* sums;
+    const void* bias;  // b and W shift
+    void* dweight;     // of dy's type
+    void* dgate;
+    void* dscale;
+    void* scratch;
+    int64_t samples, pixels, outputs, inputs;
+    int64_t gate_stride;
+};
+
 // attention = sigmoid(W mean + b), mean = sums / pixels; each (images, channels).
 struct AttentionArgs {
     const void* sums;
