@@ -77,29 +77,40 @@ static void channel_attention_typed(const AttentionArgs& a, int threads) {
                       });
 }
 
-// A vector of columns of W and of its gradient, for S images.
-template <int S, class T, class Lanes>
+// V vectors of columns of W and of its gradient, for S images.
+template <int S, int V, class T, class Lanes>
 DICO_INLINE void attention_columns(const AttentionBackwardArgs& a, int64_t c, Lanes lanes) {
     using A = acc_t<T>;
+    constexpr int L = kLanes<T>;
     const A* const dlogits = static_cast<const A*>(a.dbias);
     const T* const weight = static_cast<const T*>(a.weight) + c;
     T* const dweight = static_cast<T*>(a.dweight) + c;
-    vec_t<T> mean[S], sums[S] = {};
-    for (int s = 0; s < S; ++s) mean[s] = vload(static_cast<const A*>(a.mean) + s * a.channels + c, lanes);
+    vec_t<T> mean[S][V], sums[S][V] = {};
+    for (int s = 0; s < S; ++s)
+        for (int v = 0; v < V; ++v)
+            mean[s][v] = vload(static_cast<const A*>(a.mean) + s * a.channels + c + v * L, lanes);
     for (int64_t k = 0; k < a.channels; ++k) {
-        constexpr int kAhead = 16;
-        __builtin_prefetch(weight + (k + kAhead) * a.channels);
-        const vec_t<T> w = vload(weight + k * a.channels, lanes);
-        vec_t<T> gradient = {};
-        for (int s = 0; s < S; ++s) {
-            const A d = dlogits[s * a.channels + k];
-            sums[s] += w * d;
-            gradient += mean[s] * d;
+        constexpr int kAhead = 16, kLine = 64 / sizeof(T);
+        const int64_t at = k * a.channels;
+        for (int i = 0; i < V * L; i += kLine) {
+            __builtin_prefetch(weight + at + kAhead * a.channels + i);
+            __builtin_prefetch(dweight + at + kAhead * a.channels + i, 1);
         }
-        vstore(dweight + k * a.channels, gradient, lanes);
+        for (int v = 0; v < V; ++v) {
+            const vec_t<T> w = vload(weight + at + v * L, lanes);
+            vec_t<T> gradient = {};
+            for (int s = 0; s < S; ++s) {
+                const A d = dlogits[s * a.channels + k];
+                sums[s][v] += w * d;
+                gradient += mean[s][v] * d;
+            }
+            vstore(dweight + at + v * L, gradient, lanes);
+        }
     }
     for (int s = 0; s < S; ++s)
-        vstore(static_cast<A*>(a.dsums) + s * a.channels + c, sums[s] / static_cast<A>(a.pixels), lanes);
+        for (int v = 0; v < V; ++v)
+            vstore(static_cast<A*>(a.dsums) + s * a.channels + c + v * L, sums[s][v] / static_cast<A>(a.pixels),
+                   lanes);
 }
 
 template <class T>
@@ -112,18 +123,23 @@ static void channel_attention_backward_typed(const AttentionBackwardArgs& a, int
         const A s = attention[i];
         dlogits[i] = dattention[i] * s * (1 - s);
     }
-    constexpr int64_t kColumns = kLanes<T>;
-    const int64_t units = (a.channels + kColumns - 1) / kColumns;
-    threads = threads_for(a.images * a.channels * a.channels / kVectorProducts, threads);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t unit = 0; unit < units; ++unit) {
-        const int64_t c = unit * kColumns, left = a.channels - c;
-        by_count<8>(a.images, [&](auto images) {
-            constexpr int S = decltype(images)::value;
-            left < kColumns ? attention_columns<S, T>(a, c, static_cast<int>(left))
-                            : attention_columns<S, T>(a, c, Whole{});
-        });
-    }
+    // Each row of so few columns is a page of its own, so as many of them as the registers hold for these images.
+    by_count<8>(a.images, [&](auto images) {
+        constexpr int S = decltype(images)::value, V = S < 3 ? 4 : S < 5 ? 2 : 1;
+        constexpr int64_t L = kLanes<T>, kColumns = V * L;
+        const int64_t units = (a.channels + kColumns - 1) / kColumns;
+        const int team = threads_for(a.images * a.channels * a.channels / kVectorProducts, threads);
+#pragma omp parallel for schedule(static) num_threads(team) if (team > 1)
+        for (int64_t unit = 0; unit < units; ++unit) {
+            const int64_t first = unit * kColumns;
+            if (first + kColumns <= a.channels) {
+                attention_columns<S, V, T>(a, first, Whole{});
+            } else {
+                each_vector<T>(a.channels - first,
+                               [&](int64_t c, auto lanes) { attention_columns<S, 1, T>(a, first + c, lanes); });
+            }
+        }
+    });
 }
 
 template <class T>
