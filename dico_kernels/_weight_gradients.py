@@ -66,7 +66,7 @@ def weight_gradient(
         dense("gated", gated, (k,), wide, dy.device)
     _bias(bias, sums, n, k, dy)
     dweight = torch.empty((k, c), dtype=dy.dtype, device=dy.device)
-    if not n * pixels:
+    if not n * pixels * k * c:
         zeros = [None if t is None else t.zero_() for t in (dgate, dscale)]
         return dweight.zero_(), zeros[0], zeros[1]
     scratch = torch.empty(_scratch(dy, n, pixels, k, c), dtype=torch.uint8, device=dy.device)

@@ -81,7 +81,7 @@ BUGS = {
     ),
     "a group of samples put in the place of those before": (
         "weight_gradient.h",
-        "if (n0) sum += vload(dweight + at, lanes);",
+        "if (g0) sum += vload(dweight + at, lanes);",
         "",
         "test_weight_gradient.py::test_plain",
     ),

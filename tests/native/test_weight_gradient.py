@@ -9,8 +9,8 @@ from dico_kernels import native
 from dico_kernels.dtypes import accumulation_dtype
 
 # samples, pixels, K, C: less than a tile; an odd number of pixels; several tiles and panels and blocks of both; and
-# more pixels than packed ones may take, so that samples come one at a time
-SIZES = [(1, 1, 1, 1), (3, 7, 13, 33), (2, 64, 24, 96), (2, 5, 200, 130), (2, 4100, 3, 5)]
+# more pixels than one chain sums up, an odd number left over, and more than are packed at a time
+SIZES = [(1, 1, 1, 1), (3, 7, 13, 33), (2, 64, 24, 96), (2, 5, 200, 130), (2, 300, 7, 35), (2, 9001, 3, 5)]
 
 
 def close(found, terms, dim, dtype):
@@ -83,16 +83,31 @@ def test_with_a_shift_and_a_bias(isa, dtype, sizes):
     assert close(dgate, torch.stack([without.double(), sums.double() * bias.double()]), 0, acc)
 
 
-@pytest.mark.parametrize("sizes", [(0, 4, 3, 5), (2, 0, 3, 5)], ids=str)
+def test_many_pixels_lose_no_digits(isa):
+    """As one chain of additions their sum would err by 5e-6."""
+    dy, x = torch.randn(1, 65536, 3), torch.randn(1, 65536, 5)
+    exact = (dy.double().transpose(1, 2) @ x.double())[0]
+    assert (native.weight_gradient(dy, x)[0] - exact).norm() <= 1e-6 * exact.norm()
+
+
+def test_infinity_stays_infinite(isa):
+    """What fills up the last vector of channels takes no part."""
+    dy, ones = torch.zeros(1, 16, 1), torch.ones(1, 16, 3)
+    dy[0, 3, 0] = float("inf")
+    _, dgate, _ = native.weight_gradient(dy, ones, torch.ones(1, 3), torch.ones(1, 1))
+    assert dgate.item() == float("inf")
+
+
+@pytest.mark.parametrize("sizes", [(0, 4, 3, 5), (2, 0, 3, 5), (2, 4, 0, 5), (2, 4, 3, 0)], ids=str)
 def test_of_nothing_there_is_none(isa, dtype, sizes):
     dy, x, weight, gate = given(sizes, dtype)
-    s = torch.ones(sizes[0], 5, dtype=accumulation_dtype(dtype))
+    s = torch.ones(sizes[0], sizes[3], dtype=accumulation_dtype(dtype))
     for found in native.weight_gradient(dy, x, weight, gate, s):
         assert torch.equal(found, torch.zeros_like(found))
 
 
 def test_the_same_bits_on_any_number_of_threads(isa, dtype, same_bits):
-    dy, x, weight, gate = given((3, 67, 133, 261), dtype)
+    dy, x, weight, gate = given((3, 267, 133, 261), dtype)
     s, products = torch.randn(3, 261, dtype=accumulation_dtype(dtype)), torch.randn(3, 133, 261).to(dtype)
 
     def run():
