@@ -230,9 +230,9 @@ PYBIND11_MODULE(_C, m) {
          &GP::block_rows, &GP::gate_stride, &GP::add);
 
     m.def("weight_gradient_scratch",
-          [](int dtype, int threads, int64_t samples, int64_t pixels, int64_t outputs, int64_t inputs) {
+          [](int dtype, int64_t samples, int64_t pixels, int64_t outputs, int64_t inputs) {
               return dico::cpu::kernels().weight_gradient_scratch(static_cast<dico::Dtype>(dtype), samples, pixels,
-                                                                  outputs, inputs, threads);
+                                                                  outputs, inputs);
           });
     using WG = dico::WeightGradientArgs;
     bind(m, "weight_gradient", &Kernels::weight_gradient, &WG::dy, &WG::x, &WG::weight, &WG::gate, &WG::s,

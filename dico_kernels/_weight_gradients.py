@@ -69,6 +69,8 @@ def weight_gradient(
     if not n * pixels * k * c:
         zeros = [None if t is None else t.zero_() for t in (dgate, dscale)]
         return dweight.zero_(), zeros[0], zeros[1]
+    if gate is None:
+        n, pixels = 1, n * pixels
     scratch = torch.empty(_scratch(dy, n, pixels, k, c), dtype=torch.uint8, device=dy.device)
     given = (dy, x, weight, gate, s, shift, gated, sums, bias)
     call("weight_gradient", dy, *given, dweight, dgate, dscale, scratch, n, pixels, k, c, stride)
@@ -78,7 +80,7 @@ def weight_gradient(
 def _scratch(dy: Tensor, *sizes: int) -> int:
     if not dy.is_cpu:
         return 0  # about to be refused
-    return int(extension().weight_gradient_scratch(DTYPES[dy.dtype], torch.get_num_threads(), *sizes))
+    return int(extension().weight_gradient_scratch(DTYPES[dy.dtype], *sizes))
 
 
 def _bias(bias: Tensor | None, sums: Tensor | None, n: int, k: int, like: Tensor) -> None:

@@ -81,9 +81,21 @@ BUGS = {
     ),
     "a group of samples put in the place of those before": (
         "weight_gradient.h",
-        "if (g0) sum += vload(dweight + at, lanes);",
+        "if (begun) sum += vload(dweight + at, lanes);",
         "",
         "test_weight_gradient.py::test_plain",
+    ),
+    "the pixels after a chain's put in the place of those before": (
+        "gemm.h",
+        "Across ? sums[i * V + j] + sum[i][j] : sum[i][j]",
+        "sum[i][j]",
+        "test_weight_gradient.py::test_plain",
+    ),
+    "the first tile of a strip taken for each": (
+        "weight_gradient.h",
+        "strip_at(n * run + i, k / kStrip) + k % kStrip * kPair<T>;",
+        "strip_at(n * run + i, k / kStrip);",
+        "test_weight_gradient.py::test_gated",
     ),
     "a shift's part of a weight's gradient forgotten": (
         "weight_gradient.h",
@@ -93,8 +105,8 @@ BUGS = {
     ),
     "the second of a pair of inputs packed twice": (
         "gemm.h",
-        "__builtin_memcpy(&low, row, sizeof low);",
-        "__builtin_memcpy(&low, row + input_stride, sizeof low);",
+        "__builtin_memcpy(&low, row + n, sizeof low);",
+        "__builtin_memcpy(&low, row + input_stride + n, sizeof low);",
         "test_gemm.py::test_packed_weights_multiply_to_the_same_bits",
     ),
     "a weight's gradient added to what was there": (

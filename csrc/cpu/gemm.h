@@ -92,75 +92,99 @@ DICO_INLINE void transpose(vuint* rows) {
 }
 #endif
 
-// kLanes columns of W^T, or what is left of them, W's elements (output, input) lying in any strides: for each pair
-// of inputs (or each one) the columns' elements next to one another, zero past the last, `width` columns from the
-// next. Along the rows of W, a few at a time: a column of lines of memory is what no processor foresees, so where
-// its columns are dense, as those of a transpose are, it is told.
+// Of kLanes columns of W^T, or what is left of them, W's elements (output, input) lying in any strides: for each
+// pair of inputs (or each one) from the k-th on the columns' elements next to one another, zero past the last,
+// `width` columns from the next.
+template <class T>
+DICO_INLINE void pack_elements(const T* from, int64_t outputs, int64_t inputs, int64_t output_stride,
+                               int64_t input_stride, operand_t<T>* to, int64_t width, int64_t k) {
+    for (; k < depth_of<T>(inputs); ++k)
+        for (int64_t n = 0; n < kLanes<T>; ++n) {
+            operand_t<T>* const at = to + (k / kPair<T> * width + n) * kPair<T> + k % kPair<T>;
+            if (n < outputs && k < inputs)
+                copy_operand<T>(at, from + n * output_stride + k * input_stride);
+            else
+                *at = operand_t<T>{};
+        }
+}
+
+// As many columns as there are outputs, along the rows of W: a column of lines of memory is what no processor
+// foresees.
 template <class T>
 DICO_INLINE void pack_columns(const T* from, int64_t outputs, int64_t inputs, int64_t output_stride,
                               int64_t input_stride, operand_t<T>* to, int64_t width) {
     using E = operand_t<T>;
-    const int64_t depth = depth_of<T>(inputs);
-    int64_t k = 0;
-    if constexpr (sizeof(E) == sizeof(T))
-        if (output_stride == 1 && kLanes<T> <= outputs)
-            for (; k + kPair<T> <= inputs; k += kPair<T>) {
-                constexpr int kAhead = 16;
-                const T* const row = from + k * input_stride;
-                E* const at = to + k * width;
-                for (int i = 0; i < kPair<T>; ++i) __builtin_prefetch(row + (kAhead * kPair<T> + i) * input_stride);
-                if constexpr (kPair<T> == 2) {
-                    vhalves low, high;
-                    __builtin_memcpy(&low, row, sizeof low);
-                    __builtin_memcpy(&high, row + input_stride, sizeof high);
-                    const vuint pairs = __builtin_convertvector(low, vuint) | __builtin_convertvector(high, vuint)
-                                                                                  << 16;
-                    __builtin_memcpy(at, &pairs, sizeof pairs);
-                } else {
-                    __builtin_memcpy(at, row, kLanes<T> * sizeof(T));
-                }
-            }
+    for (int64_t n = 0; n < outputs; n += kLanes<T>) {
+        const T* const own = from + n * output_stride;
+        E* const at = to + n * kPair<T>;
+        int64_t k = 0;
 #if !defined(__clang__)  // which has another name for the shuffle
-    constexpr int L = kLanes<float>, kInputs = L * kPair<T>;
-    if constexpr (sizeof(E) == sizeof(T) && sizeof(T) * kPair<T> == sizeof(uint32_t))
-        if (input_stride == 1 && L <= outputs)
-            for (; k + kInputs <= inputs; k += kInputs) {
-                vuint rows[L];
-                for (int i = 0; i < L; ++i)
-                    __builtin_memcpy(&rows[i], from + i * output_stride + k, sizeof rows[i]);
-                transpose(rows);
-                for (int i = 0; i < L; ++i)
-                    __builtin_memcpy(to + (k + i * kPair<T>)*width, &rows[i], sizeof rows[i]);
-            }
+        constexpr int L = kLanes<float>, kInputs = L * kPair<T>;
+        if constexpr (sizeof(E) == sizeof(T) && sizeof(T) * kPair<T> == sizeof(uint32_t))
+            if (input_stride == 1 && L <= outputs - n)
+                for (; k + kInputs <= inputs; k += kInputs) {
+                    vuint rows[L];
+                    for (int i = 0; i < L; ++i)
+                        __builtin_memcpy(&rows[i], own + i * output_stride + k, sizeof rows[i]);
+                    transpose(rows);
+                    for (int i = 0; i < L; ++i)
+                        __builtin_memcpy(at + (k + i * kPair<T>)*width, &rows[i], sizeof rows[i]);
+                }
 #endif
-    for (; k < depth; ++k)
-        for (int64_t n = 0; n < kLanes<T>; ++n) {
-            E* const at = to + (k / kPair<T> * width + n) * kPair<T> + k % kPair<T>;
-            if (n < outputs && k < inputs)
-                copy_operand<T>(at, from + n * output_stride + k * input_stride);
-            else
-                *at = E{};
+        pack_elements<T>(own, outputs - n, inputs, output_stride, input_stride, at, width, k);
+    }
+}
+
+// As pack_columns, of columns that lie densely, as those of a transpose do: along the rows of W^T.
+template <class T>
+DICO_INLINE void pack_rows(const T* from, int64_t outputs, int64_t inputs, int64_t input_stride, operand_t<T>* to,
+                           int64_t width) {
+    constexpr int64_t kAhead = 8 * kPair<T>, kLine = 64 / sizeof(T);
+    const int64_t whole = outputs / kLanes<T> * kLanes<T>;
+    int64_t k = 0;
+    for (; k + kPair<T> <= inputs; k += kPair<T>) {
+        const T* const row = from + k * input_stride;
+        operand_t<T>* const at = to + k * width;
+        for (int i = 0; i < kPair<T>; ++i)
+            for (int64_t n = 0; n < whole; n += kLine) __builtin_prefetch(row + (kAhead + i) * input_stride + n);
+        for (int64_t n = 0; n < whole; n += kLanes<T>) {
+            if constexpr (kPair<T> == 2) {
+                vhalves low, high;
+                __builtin_memcpy(&low, row + n, sizeof low);
+                __builtin_memcpy(&high, row + input_stride + n, sizeof high);
+                const vuint pairs = __builtin_convertvector(low, vuint) | __builtin_convertvector(high, vuint)
+                                                                              << 16;
+                __builtin_memcpy(at + n * 2, &pairs, sizeof pairs);
+            } else {
+                vstore(at + n, vload(row + n));
+            }
         }
+    }
+    for (int64_t n = 0; n < outputs; n += kLanes<T>)
+        pack_elements<T>(from + n, outputs - n, inputs, 1, input_stride, to + n * kPair<T>, width,
+                         n < whole ? k : 0);
 }
 
 // W (outputs, inputs), in any strides, as panels of kPanel outputs, the last one narrower.
 template <class T>
 static void pack_typed(const PackArgs& a, int threads) {
     const int64_t depth = depth_of<T>(a.inputs);
-    const int64_t whole = (a.outputs + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
-    threads = threads_for(whole * depth, threads);
+    threads = threads_for(a.outputs * depth, threads);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t n0 = 0; n0 < whole; n0 += kLanes<T>) {
-        const int64_t panel = n0 / kPanel<T> * kPanel<T>;
-        const int64_t width = whole - panel < kPanel<T> ? whole - panel : kPanel<T>;
-        pack_columns<T>(static_cast<const T*>(a.weight) + n0 * a.output_stride, a.outputs - n0, a.inputs,
-                        a.output_stride, a.input_stride,
-                        static_cast<operand_t<T>*>(a.packed) + panel * depth + (n0 - panel) * kPair<T>, width);
+    for (int64_t n = 0; n < a.outputs; n += kPanel<T>) {
+        const int64_t left = a.outputs - n, own = left < kPanel<T> ? left : kPanel<T>;
+        const int64_t width = (own + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+        const T* const from = static_cast<const T*>(a.weight) + n * a.output_stride;
+        operand_t<T>* const to = static_cast<operand_t<T>*>(a.packed) + n * depth;
+        if (a.output_stride == 1)
+            pack_rows<T>(from, own, a.inputs, a.input_stride, to, width);
+        else
+            pack_columns<T>(from, own, a.inputs, a.output_stride, a.input_stride, to, width);
     }
 }
 
 // sums[i * V + j] = the product of row i of a and vector j of the panel's outputs. With Across a is held as packed
-// columns are, one pair of all rows `stride` from the next.
+// columns are, one pair of all rows `stride` from the next, and the product is added to what is there.
 template <int R, int V, bool Across, class E>
 static __attribute__((noinline)) void multiply_tile(const E* a, int64_t stride, const E* panel, int64_t depth,
                                                     vec_t<E>* sums) {
@@ -201,7 +225,7 @@ static __attribute__((noinline)) void multiply_tile(const E* a, int64_t stride, 
 #pragma GCC unroll 6
     for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
-        for (int j = 0; j < V; ++j) sums[i * V + j] = sum[i][j];
+        for (int j = 0; j < V; ++j) sums[i * V + j] = Across ? sums[i * V + j] + sum[i][j] : sum[i][j];
 }
 
 // emit(first row, rows, channel, sums, distance of one row's sums from the next's, lanes), a vector of channels at

@@ -75,60 +75,73 @@ static void gated_products_typed(const GatedProductsArgs& a, int threads) {
     if constexpr (Scaled) sum_parts(partial, blocks, a.samples * a.inputs, static_cast<A*>(a.dscale));
 }
 
-// dy is read where it lies where that is how a factor is held, else as pairs of pixels.
+// Outputs of dy that are packed side by side: whole tiles, whole vectors. Read where they lie, a tile's would be as
+// far apart as rows of dy are: by a power of two, and then they share too few sets of the cache.
+constexpr int64_t kStrip = 48;
 template <class T>
-constexpr bool kDirect = sizeof(operand_t<T>) == sizeof(T) && kPair<T> == 1;
+constexpr bool kStripFits = kStrip % kTileRows == 0 && kStrip % kLanes<T> == 0;
+static_assert(kStripFits<double> && kStripFits<float>);
 
-// Pixels that one chain of multiply-adds runs over: digits get lost with its length. Whole pairs.
-constexpr int64_t kSegment = 256;
+// Pixels that one chain of additions runs over, a pair of them at a time: digits get lost with its length.
+template <class T>
+constexpr int64_t kSegment = 256 * kPair<T>;
 
 // How the work of weight_gradient is divided, by shape alone, and where its scratch has what; in bytes.
 template <class T>
 struct GradientPlan {
-    int64_t segments, depth;       // of a sample, and their pixels, with zeros that fill up the last pair
-    int64_t stride;                // of one pair of dy's
-    int64_t panels, blocks, rows;  // of inputs; of outputs, and the rows of such a block
-    int64_t group;                 // segments whose packed pixels the second-level cache holds
-    int64_t row_sums, column_sums, pairs, unfinished, packed, panel_bytes;
+    int64_t strips, panels, segments;  // of outputs, of inputs, and of a sample's pixels
+    int64_t depth;                     // of a segment, with zeros that fill up the last pair
+    int64_t parts, run, together;      // of a sample, packed one after another; segments of one; samples of one
+    int64_t tiles, blocks;             // of outputs: blocks of whole tiles, some of them a tile longer
+    int64_t strip_size, panel_size;    // elements of a segment's
+    int64_t row_sums, column_sums, unfinished, strips_at, panels_at, bytes;
 
     GradientPlan(int64_t samples, int64_t pixels, int64_t outputs, int64_t inputs) {
-        constexpr int64_t kUnits = 8, kMoreUnits = 32, kRows = 96, kGroupBytes = 1 << 18,
-                          kElement = sizeof(operand_t<T>), kSum = sizeof(acc_t<T>);
-        const auto up = [](int64_t n, int64_t of) { return (n + of - 1) / of * of; };
-        segments = up(pixels, kSegment) / kSegment;
-        depth = depth_of<T>(segments > 1 ? kSegment : pixels);
-        stride = kDirect<T> ? outputs : up(outputs, kLanes<T>) * kPair<T>;
-        panels = up(inputs, kPanel<T>) / kPanel<T>;
-        // For a large machine, where a block's rows then are many enough for the packing of x beside them.
-        int64_t wanted = up(kUnits, panels) / panels;
-        const int64_t more = up(kMoreUnits, panels) / panels, most = outputs / kRows;
-        if (most > wanted) wanted = most < more ? most : more;
-        rows = up(up(outputs, wanted) / wanted, kTileRows);
-        blocks = up(outputs, rows) / rows;
+        constexpr int64_t kUnits = 8, kMoreUnits = 32, kRows = 96, kElement = sizeof(operand_t<T>),
+                          kSum = sizeof(acc_t<T>);
+        constexpr int64_t kTogetherBytes = 1 << 18;  // of a panel: what the second-level cache holds beside a strip
+        const auto up = [](int64_t n, int64_t of) { return (n + of - 1) / of; };
+        const auto lines = [&](int64_t n) { return up(n, 64) * 64; };
+        strips = up(outputs, kStrip);
+        panels = up(inputs, kPanel<T>);
+        segments = up(pixels, kSegment<T>);
+        depth = depth_of<T>(segments > 1 ? kSegment<T> : pixels);
+        strip_size = depth * kStrip;
+        panel_size = depth * kPanel<T>;
+        const int64_t most = panel_size * kElement < kTogetherBytes ? kTogetherBytes / (panel_size * kElement) : 1;
+        parts = up(segments, most);
+        run = up(segments, parts);
+        together = parts > 1 ? 1 : most / segments;
+        if (together > samples) together = samples;
+        tiles = up(outputs, kTileRows);
+        // As much work for each of 2, 4 or 8 threads; more units for a large machine, where a panel stays in use.
+        int64_t step = kUnits;
+        for (int64_t n = panels; step > 1 && n % 2 == 0; n /= 2) step /= 2;
+        blocks = up(up(kMoreUnits, panels), step) * step;
+        while (blocks > step && outputs / blocks < kRows) blocks -= step;
+        if (blocks > tiles) blocks = tiles;
         row_sums = 0;
-        column_sums = row_sums + up(panels * segments * samples * outputs * kSum, 64);
-        pairs = column_sums + up(blocks * segments * samples * inputs * kSum, 64);
-        unfinished = pairs + (kDirect<T> ? 0 : up(samples * segments * depth / kPair<T> * stride * kElement, 64));
-        panel_bytes = depth * kPanel<T> * kElement;
-        group = panel_bytes < kGroupBytes ? kGroupBytes / panel_bytes : 1;
-        if (group > samples * segments) group = samples * segments;
-        packed =
-            unfinished + (group < samples * segments && sizeof(T) < kSum ? up(outputs * inputs * kSum, 64) : 0);
+        column_sums = row_sums + lines(panels * parts * samples * outputs * kSum);
+        unfinished = column_sums + lines(blocks * parts * samples * inputs * kSum);
+        const bool at_once = parts == 1 && together == samples;
+        strips_at = unfinished + (!at_once && sizeof(T) < kSum ? lines(outputs * inputs * kSum) : 0);
+        panels_at = strips_at + lines(together * run * strips * strip_size * kElement);
+        bytes = panels_at + together * run * panels * panel_size * kElement;
     }
 };
 
 static int64_t weight_gradient_scratch(Dtype dtype, int64_t samples, int64_t pixels, int64_t outputs,
-                                       int64_t inputs, int threads) {
+                                       int64_t inputs) {
     int64_t bytes = 0;
     by_dtype(dtype, [&](auto tag) {
-        const GradientPlan<typename decltype(tag)::type> plan(samples, pixels, outputs, inputs);
-        bytes = plan.packed + threads * plan.group * plan.panel_bytes;
+        bytes = GradientPlan<typename decltype(tag)::type>(samples, pixels, outputs, inputs).bytes;
     });
     return bytes;
 }
 
-// Units are a panel of inputs by a block of outputs: x's pixels as a panel are packed once a unit and segment. All
-// that is wanted is linear in G_n, so what a segment of a sample adds to it is added up like a sample's.
+// The pixels of a part of a sample, or of some whole samples, are packed by all threads, for all of them; then
+// units are a panel of inputs by a block of outputs. All that is wanted is linear in G_n, so what a part of a
+// sample adds to it is added up like a sample's.
 template <bool Gated, bool Scaled, class T>
 static void weight_gradient_typed(const WeightGradientArgs& a, int threads) {
     using A = acc_t<T>;
@@ -136,93 +149,83 @@ static void weight_gradient_typed(const WeightGradientArgs& a, int threads) {
     using E = operand_t<T>;
     constexpr int L = kLanes<T>;
     const GradientPlan<T> plan(a.samples, a.pixels, a.outputs, a.inputs);
-    const int64_t depth = plan.depth, stride = plan.stride;
     char* const scratch = static_cast<char*>(a.scratch);
-    const T* const x = static_cast<const T*>(a.x);
     const T* const weight = static_cast<const T*>(a.weight);
     const T* const shift = static_cast<const T*>(a.shift);
-    // Between one group of segments and the next, where that is not what is asked for.
+    // Between one time and the next, where that is not what is asked for.
     A* const dweight = reinterpret_cast<A*>(sizeof(T) < sizeof(A) ? scratch + plan.unfinished : a.dweight);
     T* const finished = static_cast<T*>(a.dweight);
     A* const row_sums = reinterpret_cast<A*>(scratch + plan.row_sums);
     A* const column_sums = reinterpret_cast<A*>(scratch + plan.column_sums);
-    E* const pairs = reinterpret_cast<E*>(scratch + plan.pairs);
-    const int64_t segments = a.samples * plan.segments;
-    const auto first_pixel = [&](int64_t segment) { return segment % plan.segments * kSegment; };
+    E* const strips = reinterpret_cast<E*>(scratch + plan.strips_at);
+    E* const panels = reinterpret_cast<E*>(scratch + plan.panels_at);
     const auto pixels_of = [&](int64_t segment) {
-        const int64_t left = a.pixels - first_pixel(segment);
-        return left < kSegment ? left : kSegment;
+        const int64_t left = a.pixels - segment * kSegment<T>;
+        return left < kSegment<T> ? left : kSegment<T>;
     };
-    const auto first_row = [&](int64_t segment) {
-        return segment / plan.segments * a.pixels + first_pixel(segment);
+    const auto panel_width = [&](int64_t panel) {
+        const int64_t left = a.inputs - panel * kPanel<T>;
+        return left < kPanel<T> ? left : kPanel<T>;
     };
-    if constexpr (!kDirect<T>) {
-        const int64_t columns = (a.outputs + L - 1) / L;
-        const int own = threads_for(a.samples * a.pixels * a.outputs, threads);
-#pragma omp parallel for schedule(static) num_threads(own) if (own > 1)
-        for (int64_t unit = 0; unit < segments * columns; ++unit) {
-            const int64_t g = unit / columns, k = unit % columns * L;
-            pack_columns<T>(static_cast<const T*>(a.dy) + first_row(g) * a.outputs + k, a.outputs - k, pixels_of(g),
-                            1, a.outputs, pairs + g * depth / kPair<T> * stride + k * kPair<T>, stride / kPair<T>);
-        }
-    }
-    threads = threads_for(a.samples * a.pixels * a.outputs * a.inputs / kProducts, threads);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t unit = 0; unit < plan.panels * plan.blocks; ++unit) {
-        const int64_t panel = unit / plan.blocks, block = unit % plan.blocks;
-        const int64_t c0 = panel * kPanel<T>, left = a.inputs - c0;
-        const int64_t width = left < kPanel<T> ? left : kPanel<T>, vectors = (width + L - 1) / L;
-        const int64_t first = block * plan.rows;
-        const int64_t end = first + plan.rows < a.outputs ? first + plan.rows : a.outputs;
-        E* const packed =
-            reinterpret_cast<E*>(scratch + plan.packed + thread_number() * plan.group * plan.panel_bytes);
-        const auto use = [&](int64_t g, int64_t k, int64_t count, const E* columns_of_x, V* gradient) {
-            const E* dy;
-            if constexpr (kDirect<T>)
-                dy = static_cast<const E*>(a.dy) + first_row(g) * a.outputs;
-            else
-                dy = pairs + g * depth / kPair<T> * stride;
-            const int64_t own_depth = depth_of<T>(pixels_of(g));
-            V products[kTileRows * kTileVectors];
-            by_count<kTileRows>(count, [&](auto r) {
-                by_count<kTileVectors>(vectors, [&](auto v) {
-                    multiply_tile<decltype(r)::value, decltype(v)::value, true>(dy + k * kPair<T>, stride,
-                                                                                columns_of_x, own_depth, products);
-                });
-            });
-            if constexpr (!Gated) {
-                for (int64_t i = 0; i < count * vectors; ++i) gradient[i] += products[i];
-            } else {
-                const int64_t n = g / plan.segments, part = g % plan.segments;
-                const T* gate = static_cast<const T*>(a.gate) + n * a.gate_stride + k;
-                const A* s = Scaled ? static_cast<const A*>(a.s) + n * a.inputs + c0 : nullptr;
-                A* columns = nullptr;
-                if constexpr (Scaled)
-                    columns = column_sums + ((block * plan.segments + part) * a.samples + n) * a.inputs + c0;
-                V dots[kTileRows] = {};
-                each_vector<T>(width, [&](int64_t c, auto lanes) {
-                    V column = {}, scale = {};
-                    if constexpr (Scaled) scale = vload(s + c, lanes);
-                    for (int64_t r = 0; r < count; ++r) {
-                        const int64_t i = r * vectors + c / L;
-                        gradient[i] +=
-                            use_products<Scaled>(only(products[i], lanes), load(gate + r), scale,
-                                                 weight + (k + r) * a.inputs + c0 + c, dots[r], column, lanes);
-                    }
-                    if constexpr (Scaled)
-                        vstore(columns + c, (k > first ? vload(columns + c, lanes) : V{}) + column, lanes);
-                });
-                for (int64_t r = 0; r < count; ++r)
-                    row_sums[((panel * plan.segments + part) * a.samples + n) * a.outputs + k + r] =
-                        sum_of(dots[r]);
+    // What has been packed of a strip or a panel, of the i-th sample and segment of those that were.
+    const auto strip_at = [&](int64_t i, int64_t strip) {
+        return strips + (i * plan.strips + strip) * plan.strip_size;
+    };
+    const auto panel_at = [&](int64_t i, int64_t panel) {
+        return panels + (i * plan.panels + panel) * plan.panel_size;
+    };
+    const auto pack_pixels = [&](const void* from, int64_t channels, int64_t n, int64_t segment, int64_t first,
+                                 int64_t width, E* to, int64_t to_width) {
+        const int64_t row = n * a.pixels + segment * kSegment<T>;
+        pack_rows<T>(static_cast<const T*>(from) + row * channels + first, width, pixels_of(segment), channels, to,
+                     to_width);
+    };
+    // What a tile of a part of G_n adds to one of dW and to the sums.
+    const auto use = [&](const V* products, int64_t n, int64_t part, int64_t panel, int64_t block, int64_t k,
+                         int64_t count, bool first, V* gradient) {
+        const int64_t c0 = panel * kPanel<T>, width = panel_width(panel), vectors = (width + L - 1) / L;
+        const T* const gate = static_cast<const T*>(a.gate) + n * a.gate_stride + k;
+        const A* const s = Scaled ? static_cast<const A*>(a.s) + n * a.inputs + c0 : nullptr;
+        A* const columns =
+            Scaled ? column_sums + ((block * plan.parts + part) * a.samples + n) * a.inputs + c0 : nullptr;
+        V dots[kTileRows] = {};
+        each_vector<T>(width, [&](int64_t c, auto lanes) {
+            V column = {}, scale = {};
+            if constexpr (Scaled) scale = vload(s + c, lanes);
+            for (int64_t r = 0; r < count; ++r) {
+                const int64_t j = r * vectors + c / L;
+                gradient[j] += use_products<Scaled>(only(products[j], lanes), load(gate + r), scale,
+                                                    weight + (k + r) * a.inputs + c0 + c, dots[r], column, lanes);
             }
-        };
-        for (int64_t g0 = 0; g0 < segments; g0 += plan.group) {
-            const int64_t group = segments - g0 < plan.group ? segments - g0 : plan.group;
-            for (int64_t g = 0; g < group; ++g)
-                for (int64_t c = 0; c < width; c += L)
-                    pack_columns<T>(x + first_row(g0 + g) * a.inputs + c0 + c, width - c, pixels_of(g0 + g), 1,
-                                    a.inputs, packed + g * depth * kPanel<T> + c * kPair<T>, vectors * L);
+            if constexpr (Scaled) vstore(columns + c, (first ? V{} : vload(columns + c, lanes)) + column, lanes);
+        });
+        for (int64_t r = 0; r < count; ++r)
+            row_sums[((panel * plan.parts + part) * a.samples + n) * a.outputs + k + r] = sum_of(dots[r]);
+    };
+    const auto step = [&](int64_t n0, int64_t part) {
+        const int64_t samples = a.samples - n0 < plan.together ? a.samples - n0 : plan.together;
+        const int64_t s0 = part * plan.run, left = plan.segments - s0, run = left < plan.run ? left : plan.run;
+        const int64_t both = plan.strips + plan.panels;
+        const bool begun = n0 || part, ends = n0 + samples == a.samples && s0 + run == plan.segments;
+#pragma omp for schedule(static)
+        for (int64_t unit = 0; unit < samples * run * both; ++unit) {
+            const int64_t i = unit / both, n = n0 + i / run, segment = s0 + i % run, strip = unit % both;
+            if (strip < plan.strips) {
+                const int64_t k = strip * kStrip, width = a.outputs - k < kStrip ? a.outputs - k : kStrip;
+                pack_pixels(a.dy, a.outputs, n, segment, k, width, strip_at(i, strip), kStrip);
+            } else {
+                const int64_t panel = strip - plan.strips, width = panel_width(panel);
+                pack_pixels(a.x, a.inputs, n, segment, panel * kPanel<T>, width, panel_at(i, panel),
+                            (width + L - 1) / L * L);
+            }
+        }
+#pragma omp for schedule(static)
+        for (int64_t unit = 0; unit < plan.panels * plan.blocks; ++unit) {
+            const int64_t panel = unit / plan.blocks, block = unit % plan.blocks;
+            const int64_t c0 = panel * kPanel<T>, width = panel_width(panel), vectors = (width + L - 1) / L;
+            const int64_t first = plan.tiles * block / plan.blocks * kTileRows;
+            const int64_t last = plan.tiles * (block + 1) / plan.blocks * kTileRows;
+            const int64_t end = last < a.outputs ? last : a.outputs;
             for (int64_t k = first; k < end; k += kTileRows) {
                 const int64_t count = end - k < kTileRows ? end - k : kTileRows;
                 // Each row of W and dW may be a page of its own: while the tile is formed they are fetched.
@@ -235,35 +238,53 @@ static void weight_gradient_typed(const WeightGradientArgs& a, int threads) {
                     }
                 }
                 V gradient[kTileRows * kTileVectors] = {};
-                for (int64_t g = 0; g < group; ++g) use(g0 + g, k, count, packed + g * depth * kPanel<T>, gradient);
+                for (int64_t n = 0; n < samples; ++n) {
+                    V own[kTileRows * kTileVectors] = {};
+                    V* const products = Gated ? own : gradient;
+                    for (int64_t i = 0; i < run; ++i) {
+                        const E* const dy = strip_at(n * run + i, k / kStrip) + k % kStrip * kPair<T>;
+                        const E* const x = panel_at(n * run + i, panel);
+                        by_count<kTileRows>(count, [&](auto r) {
+                            by_count<kTileVectors>(vectors, [&](auto v) {
+                                multiply_tile<decltype(r)::value, decltype(v)::value, true>(
+                                    dy, kStrip * kPair<T>, x, depth_of<T>(pixels_of(s0 + i)), products);
+                            });
+                        });
+                    }
+                    if constexpr (Gated) use(own, n0 + n, part, panel, block, k, count, k == first, gradient);
+                }
                 for (int64_t r = 0; r < count; ++r) {
                     const A by = shift ? static_cast<const A*>(a.gated)[k + r] : A{};
                     each_vector<T>(width, [&](int64_t c, auto lanes) {
                         const int64_t at = (k + r) * a.inputs + c0 + c;
                         V sum = gradient[r * vectors + c / L];
-                        if (g0) sum += vload(dweight + at, lanes);
-                        if (g0 + group < segments) {
-                            vstore(dweight + at, sum, lanes);
-                        } else {
+                        if (begun) sum += vload(dweight + at, lanes);
+                        if (ends) {
                             if (shift) sum += vload(shift + c0 + c, lanes) * by;
                             vstore(finished + at, sum, lanes);
+                        } else {
+                            vstore(dweight + at, sum, lanes);
                         }
                     });
                 }
             }
         }
-    }
+    };
+    threads = threads_for(a.samples * a.pixels * a.outputs * a.inputs / kProducts, threads);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    for (int64_t n0 = 0; n0 < a.samples; n0 += plan.together)
+        for (int64_t part = 0; part < plan.parts; ++part) step(n0, part);
     if constexpr (Gated) {
         A* const dgate = static_cast<A*>(a.dgate);
         const A* const sums_of_dy = static_cast<const A*>(a.sums);
         const T* const bias = static_cast<const T*>(a.bias);
-        sum_parts(row_sums, plan.panels * plan.segments, a.samples * a.outputs, dgate);
+        sum_parts(row_sums, plan.panels * plan.parts, a.samples * a.outputs, dgate);
         if (bias)
             for (int64_t i = 0; i < a.samples * a.outputs; ++i)
                 dgate[i] += sums_of_dy[i] * load(bias + i % a.outputs);
     }
     if constexpr (Scaled)
-        sum_parts(column_sums, plan.blocks * plan.segments, a.samples * a.inputs, static_cast<A*>(a.dscale));
+        sum_parts(column_sums, plan.blocks * plan.parts, a.samples * a.inputs, static_cast<A*>(a.dscale));
 }
 
 static void gated_products(Dtype dtype, const GatedProductsArgs& a, int threads) {

@@ -8,9 +8,11 @@ import torch
 from dico_kernels import native
 from dico_kernels.dtypes import accumulation_dtype
 
-# samples, pixels, K, C: less than a tile; an odd number of pixels; several tiles and panels and blocks of both; and
-# more pixels than one chain sums up, an odd number left over, and more than are packed at a time
-SIZES = [(1, 1, 1, 1), (3, 7, 13, 33), (2, 64, 24, 96), (2, 5, 200, 130), (2, 300, 7, 35), (2, 9001, 3, 5)]
+# samples, pixels, K, C: less than a tile; an odd number of pixels; several tiles, strips, panels and blocks; more
+# pixels than one chain sums up, an odd number left over, and more than are packed at a time; and more samples than are
+SIZES = [
+    (1, 1, 1, 1), (3, 7, 13, 33), (2, 64, 24, 96), (2, 5, 200, 130), (2, 600, 7, 35), (2, 9001, 3, 5), (140, 61, 7, 66),
+]  # fmt: skip
 
 
 def close(found, terms, dim, dtype):

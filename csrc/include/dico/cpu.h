@@ -50,8 +50,7 @@ struct Kernels {
     Kernel<GeluBackwardArgs> gelu_backward;
     Kernel<GatedProductsArgs> gated_products;
     // Bytes of scratch that weight_gradient wants.
-    int64_t (*weight_gradient_scratch)(Dtype, int64_t samples, int64_t pixels, int64_t outputs, int64_t inputs,
-                                       int threads);
+    int64_t (*weight_gradient_scratch)(Dtype, int64_t samples, int64_t pixels, int64_t outputs, int64_t inputs);
     Kernel<WeightGradientArgs> weight_gradient;
     Kernel<AttentionArgs> channel_attention;
     Kernel<AttentionBackwardArgs> channel_attention_backward;
