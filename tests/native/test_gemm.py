@@ -254,6 +254,18 @@ def test_outputs_are_divided_where_rows_do_not_occupy_the_threads(isa, dtype, pr
         assert all(a is b is None or torch.equal(a, b) for a, b in same)
 
 
+@pytest.mark.parametrize("images", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("side", [16, 24, 32, 40, 64])
+def test_threads_have_as_many_rows_each(images, side):
+    """Of 8, 4 or 2 threads the first has the most blocks, if they are not as many for all."""
+    rows, threads = side * side, torch.tensor([2, 4, 8])
+    block = _gemm._block_rows(images, rows, 832, 4)
+    blocks = images * -(-rows // block)
+    most = -(-blocks // threads) * block
+    assert block >= 24
+    assert (most * threads <= 1.13 * images * rows).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_onednn_is_found_whatever_the_default_device_is(dtype):
     """Asked once a process: a wrong answer would stay."""
