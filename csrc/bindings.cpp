@@ -237,7 +237,7 @@ PYBIND11_MODULE(_C, m) {
     using WG = dico::WeightGradientArgs;
     bind(m, "weight_gradient", &Kernels::weight_gradient, &WG::dy, &WG::x, &WG::weight, &WG::gate, &WG::s,
          &WG::shift, &WG::gated, &WG::sums, &WG::bias, &WG::dweight, &WG::dgate, &WG::dscale, &WG::scratch,
-         &WG::samples, &WG::pixels, &WG::outputs, &WG::inputs, &WG::gate_stride);
+         &WG::samples, &WG::pixels, &WG::outputs, &WG::inputs, &WG::gate_stride, &WG::wide);
 
     using CT = dico::AttentionArgs;
     bind(m, "channel_attention", &Kernels::channel_attention, &CT::sums, &CT::weight, &CT::bias, &CT::mean,

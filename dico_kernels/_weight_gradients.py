@@ -20,6 +20,7 @@ def weight_gradient(
     gated: Tensor | None = None,
     sums: Tensor | None = None,
     bias: Tensor | None = None,
+    wide: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Of gate * (W (s x + shift) + b), from dy's and x's rows: (dW, dgate, ds), see ops/pointwise.py; or dW of W x.
 
@@ -33,9 +34,10 @@ def weight_gradient(
         gated: with shift: the sums of gate * dy over samples and pixels, (K,), in the accumulation dtype.
         sums: with bias: dy's over the pixels, (N, K), in the accumulation dtype.
         bias: W shift + b, (K,), or None.
+        wide: dW in the accumulation dtype.
 
     Returns:
-        dW (K, C), of dy's dtype; dgate (N, K) and ds (N, C), in the accumulation dtype, None without gate or s.
+        dW (K, C), of dy's dtype or wide; dgate (N, K) and ds (N, C), in the accumulation dtype, None without gate or s.
 
     Raises:
         ValueError: a wrong size, layout, dtype or device, naming the argument.
@@ -44,7 +46,7 @@ def weight_gradient(
     c = x.shape[2]
     if dy.dtype not in DTYPES:
         raise ValueError(f"dy has dtype {dy.dtype}: expected a floating dtype")
-    wide, stride, dgate, dscale = accumulation_dtype(dy.dtype), 0, None, None
+    accumulated, stride, dgate, dscale = accumulation_dtype(dy.dtype), 0, None, None
     dense("dy", dy, (n, pixels, k), dy.dtype, dy.device)
     dense("x", x, (n, pixels, c), dy.dtype, dy.device)
     if gate is not None:
@@ -57,15 +59,15 @@ def weight_gradient(
         if t is not None and gate is None:
             raise ValueError(f"gate is None: expected it with {name}")
     if s is not None:
-        dense("s", s, (n, c), wide, dy.device)
+        dense("s", s, (n, c), accumulated, dy.device)
         dscale = reduced(dy, n, c)
     if shift is not None:
         if gated is None:
             raise ValueError("gated is None: expected it with shift")
         dense("shift", shift, (c,), dy.dtype, dy.device)
-        dense("gated", gated, (k,), wide, dy.device)
+        dense("gated", gated, (k,), accumulated, dy.device)
     _bias(bias, sums, n, k, dy)
-    dweight = torch.empty((k, c), dtype=dy.dtype, device=dy.device)
+    dweight = torch.empty((k, c), dtype=accumulated if wide else dy.dtype, device=dy.device)
     if not n * pixels * k * c:
         zeros = [None if t is None else t.zero_() for t in (dgate, dscale)]
         return dweight.zero_(), zeros[0], zeros[1]
@@ -73,7 +75,7 @@ def weight_gradient(
         n, pixels = 1, n * pixels
     scratch = torch.empty(_scratch(dy, n, pixels, k, c), dtype=torch.uint8, device=dy.device)
     given = (dy, x, weight, gate, s, shift, gated, sums, bias)
-    call("weight_gradient", dy, *given, dweight, dgate, dscale, scratch, n, pixels, k, c, stride)
+    call("weight_gradient", dy, *given, dweight, dgate, dscale, scratch, n, pixels, k, c, stride, int(wide))
     return dweight, dgate, dscale
 
 

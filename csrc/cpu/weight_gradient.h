@@ -153,7 +153,8 @@ static void weight_gradient_typed(const WeightGradientArgs& a, int threads) {
     const T* const weight = static_cast<const T*>(a.weight);
     const T* const shift = static_cast<const T*>(a.shift);
     // Between one time and the next, where that is not what is asked for.
-    A* const dweight = reinterpret_cast<A*>(sizeof(T) < sizeof(A) ? scratch + plan.unfinished : a.dweight);
+    const bool narrow = sizeof(T) < sizeof(A) && !a.wide;
+    A* const dweight = reinterpret_cast<A*>(narrow ? scratch + plan.unfinished : a.dweight);
     T* const finished = static_cast<T*>(a.dweight);
     A* const row_sums = reinterpret_cast<A*>(scratch + plan.row_sums);
     A* const column_sums = reinterpret_cast<A*>(scratch + plan.column_sums);
@@ -259,12 +260,11 @@ static void weight_gradient_typed(const WeightGradientArgs& a, int threads) {
                         const int64_t at = (k + r) * a.inputs + c0 + c;
                         V sum = gradient[r * vectors + c / L];
                         if (begun) sum += vload(dweight + at, lanes);
-                        if (ends) {
-                            if (shift) sum += vload(shift + c0 + c, lanes) * by;
+                        if (ends && shift) sum += vload(shift + c0 + c, lanes) * by;
+                        if (ends && narrow)
                             vstore(finished + at, sum, lanes);
-                        } else {
+                        else
                             vstore(dweight + at, sum, lanes);
-                        }
                     });
                 }
             }

@@ -45,11 +45,15 @@ def register(
         backward: gradient formula; called only if an output has a gradient, the others' are None.
         autocast: "activation": every floating tensor follows the first one's dtype, as torch's promoting elementwise
             ops do; "lower": all are cast to autocast's dtype, as its matrix products are; "branch": all but the first
-            are, the residual stream, which keeps its own; None: nothing is, as in a backward pass, whose tensors have
-            their dtypes, and autocast is kept from the products inside.
+            are, the residual stream, which keeps its own, by the op itself, whose last argument is that dtype, None for
+            the tensors' own: a training step then keeps what it was given, and weights' gradients come unrounded;
+            None: nothing is, as in a backward pass, whose tensors have their dtypes, and autocast is kept from the
+            products inside.
     """
     name = schema.split("(")[0]
     qualified = f"{NAMESPACE}::{name}"
+    if autocast == "branch":
+        kernel, fake = _narrowing(kernel), _narrowing(fake)
     _LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for key in ("CPU", "CUDA"):
         _LIB.impl(name, _refuse_forward_mode(name, kernel), key)
@@ -96,6 +100,32 @@ def _differentiable(name: str, kernel: Op, setup_context: Op, backward: Op) -> O
     function: Any = type(name, (torch.autograd.Function,), methods)
     apply: Op = function.apply
     return apply
+
+
+def _lowered(value: Any, dtype: torch.dtype | None) -> Any:
+    """A floating tensor in a dtype, if there is one; float64 is left alone, as torch's own autocast does."""
+    if dtype is not None and isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64:
+        return value.to(dtype)
+    return value
+
+
+def _narrowing(kernel: Op) -> Op:
+    """The kernel of a branch, for which all but its first argument are cast to the last, a dtype, if there is one."""
+
+    def call(*args: Any) -> Any:
+        *given, dtype = args
+        return kernel(*given) if dtype is None else kernel(given[0], *(_lowered(a, dtype) for a in given[1:]))
+
+    return call
+
+
+def kept(ctx: Any, inputs: int) -> list[Any]:
+    """What a branch saved, of which so many are its arguments: all but the first as its kernel had them.
+
+    ctx.dtype is the branch's last argument. Where it is one, gradients are wide, and autograd casts those of arguments
+    that are not.
+    """
+    return [_lowered(t, ctx.dtype) if 0 < i < inputs else t for i, t in enumerate(ctx.saved_tensors)]
 
 
 def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -151,7 +181,7 @@ def _device_of(x: Tensor) -> str | None:
 
 
 PLAIN = {Tensor, torch.nn.Parameter}
-_NUMBERS = {int, float, bool}
+_NUMBERS = {int, float, bool, type(None), torch.dtype}
 
 
 def only_numbers(x: Any, *more: Any) -> bool:
@@ -189,15 +219,12 @@ def _autocast(op: Op, device: str, key: str, policy: str | None) -> Op:
         if not first.is_floating_point() or first.dtype == torch.float64:
             dtype = first.dtype  # as torch's own autocast: float64 is left alone
 
-        def cast(value: Any) -> Any:
-            if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64:
-                return value.to(dtype)
-            return value
-
         with torch._C._ExcludeDispatchKeyGuard(excluded):
-            if policy == "branch" and first.dtype in (torch.float32, dtype):
-                return op(first, *map(cast, args[1:]))
-            return op(*map(cast, args))
+            if policy == "branch":
+                stream = first if first.dtype == torch.float32 else _lowered(first, dtype)
+                tensors = [a for a in args[1:] if isinstance(a, Tensor)]
+                return op(stream, *args[1:-1], None if all(t.dtype == dtype for t in tensors) else dtype)
+            return op(*(_lowered(a, dtype) for a in args))
 
     return call
 

@@ -19,7 +19,7 @@ from dico_kernels.dtypes import accumulation_dtype
 from dico_kernels.ops import _checks as check
 from dico_kernels.ops import pointwise as pw
 from dico_kernels.ops._backends import fused_products, note_optional, optional, select
-from dico_kernels.ops._library import only_needed, register
+from dico_kernels.ops._library import kept, only_needed, register
 from dico_kernels.ops._recorded import recorded
 from dico_kernels.ops._sums import gradients
 from dico_kernels.ops._tuning import tunable
@@ -52,6 +52,11 @@ def refuse_unsaved(saved: Tensor, name: str) -> None:
     """
     if saved.ndim == 1:
         raise RuntimeError(f"dico_kernels.{name} was called with save=False, so it has no backward: pass save=True")
+
+
+def gradient_dtype(weight: Tensor, wide: bool) -> torch.dtype:
+    """In which a backward pass returns the gradients of all but the stream: the weights', or wide."""
+    return accumulation_dtype(weight.dtype) if wide else weight.dtype
 
 
 def nothing(x: Tensor, count: int) -> tuple[Tensor, ...]:
@@ -152,10 +157,10 @@ def _conv_fake(*args: Any) -> tuple[Tensor, ...]:
 def _conv_backward(
     dy: Tensor, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, w1: Tensor, dw: Tensor, db: Tensor | None,
     wa: Tensor, w2: Tensor, b2: Tensor | None, y1: Tensor, mean: Tensor, rstd: Tensor, pooled: Tensor,
-    attention: Tensor,
+    attention: Tensor, wide: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     if x.shape[0] == 0:
-        return zeroed(_conv_gradients(x, shift, scale, gate, w1, dw, wa, w2))
+        return zeroed(_conv_gradients(x, shift, scale, gate, w1, dw, wa, w2, wide))
     x, dw, m1, m2 = check.channels_last(x), dw.contiguous(), check.matrix(w1), check.matrix(w2)
     # What was saved may have been away: torch.autograd.graph.save_on_cpu(pin_memory=True) brings it back in NCHW.
     y1, gate = check.channels_last(y1), check.dense_rows(gate)
@@ -163,7 +168,7 @@ def _conv_backward(
     y2 = select("depthwise", x)(y1, dw, check.dense(db), True)
     dinner = pw.input_gradient(dbranch, m2)
     dw2, dgate, dattention = pw.gated_gradients(
-        dy_narrow, dbranch, dinner, sums, db2, y2, attention, None, gate, m2, b2
+        dy_narrow, dbranch, dinner, sums, db2, y2, attention, None, gate, m2, b2, wide
     )  # fmt: skip
     assert dattention is not None
     del y2, dy_narrow, dbranch
@@ -175,57 +180,59 @@ def _conv_backward(
     dx, a, dshift, dscale = select("adaln_modulate_backward_residual", x)(
         da, check.channels_last(dy), x, check.dense_rows(shift), check.dense_rows(scale), mean, rstd
     )
-    dw1 = pw.weight_gradient(dy1, a)
+    dw1 = pw.weight_gradient(dy1, a, wide)
     db1 = select("channel_sums", x)(dy1)
     c, inner = x.shape[1:2], w1.shape[:1]
+    dtype = gradient_dtype(w1, wide)
     dshift, dscale, dgate, db1, ddw, ddb, dba, db2 = gradients(
-        w1.dtype, (dshift, shift.shape), (dscale, scale.shape), (dgate, gate.shape), (db1, inner), (ddw, dw.shape),
+        dtype, (dshift, shift.shape), (dscale, scale.shape), (dgate, gate.shape), (db1, inner), (ddw, dw.shape),
         (ddb, inner), (dba, inner), (db2, c),
     )  # fmt: skip
-    dw1, dwa, dw2 = (w.to(w1.dtype) for w in (dw1.reshape(w1.shape), dwa, dw2.reshape(w2.shape)))
+    dw1, dwa, dw2 = (w.to(dtype) for w in (dw1.reshape(w1.shape), dwa, dw2.reshape(w2.shape)))
     return dx, dshift, dscale, dgate, dw1, db1, ddw, ddb, dwa, dba, dw2, db2
 
 
 def _conv_gradients(
-    x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, w1: Tensor, dw: Tensor, wa: Tensor, w2: Tensor
+    x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, w1: Tensor, dw: Tensor, wa: Tensor, w2: Tensor, wide: bool
 ) -> tuple[Tensor, ...]:
     c, inner = x.shape[1:2], w1.shape[:1]
     vectors = (shift.shape, scale.shape, gate.shape)
     shapes = (*vectors, w1.shape, inner, dw.shape, inner, wa.shape, inner, w2.shape, c)
-    return check.empty_image(x), *(w1.new_empty(tuple(s)) for s in shapes)
+    return check.empty_image(x), *(w1.new_empty(tuple(s), dtype=gradient_dtype(w1, wide)) for s in shapes)
 
 
 def _conv_backward_fake(
     dy: Tensor, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, w1: Tensor, dw: Tensor, db: Tensor | None,
-    wa: Tensor, w2: Tensor, *_: Any,
+    wa: Tensor, w2: Tensor, *rest: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    return _conv_gradients(x, shift, scale, gate, w1, dw, wa, w2)
+    return _conv_gradients(x, shift, scale, gate, w1, dw, wa, w2, rest[-1])
 
 
 _CONV_BACKWARD = register(
     "conv_half_backward(Tensor dy, Tensor x, Tensor shift, Tensor scale, Tensor gate, Tensor pw1_weight, "
     "Tensor dw_weight, Tensor? dw_bias, Tensor ca_weight, Tensor pw2_weight, Tensor? pw2_bias, Tensor y1, "
-    f"Tensor mean, Tensor rstd, Tensor pooled, Tensor attention) -> ({', '.join(['Tensor'] * 12)})",
+    "Tensor mean, Tensor rstd, Tensor pooled, Tensor attention, bool wide) -> "
+    f"({', '.join(['Tensor'] * 12)})",
     recorded("conv_half_backward", _conv_backward, weight=5),
     _conv_backward_fake,
 )
 
 
 def _conv_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, shift, scale, gate, w1, _, dw, db, wa, _, w2, b2, _, _ = inputs
+    x, shift, scale, gate, w1, _, dw, db, wa, _, w2, b2, _, _, ctx.dtype = inputs
     saved = output[1:]
     ctx.mark_non_differentiable(*saved)
     ctx.save_for_backward(x, shift, scale, gate, w1, dw, db, wa, w2, b2, *saved)
 
 
 def _conv_gradient(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    inputs = ctx.saved_tensors
+    inputs = kept(ctx, 10)
     refuse_unsaved(inputs[10], "conv_half")
-    return only_needed(ctx, (*_CONV_BACKWARD(dy, *inputs), None, None))
+    return only_needed(ctx, (*_CONV_BACKWARD(dy, *inputs, ctx.dtype is not None), None, None, None))
 
 
 _CONV_HALF = register(
-    f"conv_half({_CONV}, float eps, bool save) -> ({', '.join(['Tensor'] * 6)})",
+    f"conv_half({_CONV}, float eps, bool save, ScalarType? dtype) -> ({', '.join(['Tensor'] * 6)})",
     recorded("conv_half", tunable("conv_half", _conv, weight=4, flags=1), weight=4, save=-1),
     _conv_fake,
     setup_context=_conv_setup,
@@ -273,7 +280,7 @@ def conv_half(
         ValueError: a wrong shape, dtype or device, naming the argument.
     """
     args = (x, shift, scale, gate, pw1_weight, pw1_bias, dw_weight, dw_bias, ca_weight, ca_bias, pw2_weight, pw2_bias)
-    y: Tensor = _CONV_HALF(*args, eps, to_save(*args))[0]
+    y: Tensor = _CONV_HALF(*args, eps, to_save(*args), None)[0]
     return y
 
 
@@ -341,10 +348,10 @@ def _ffn_fake(*args: Any) -> tuple[Tensor, ...]:
 
 def _ffn_backward(
     dy: Tensor, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor,
-    b2: Tensor | None, mean: Tensor, rstd: Tensor, h: Tensor, eps: float,
+    b2: Tensor | None, mean: Tensor, rstd: Tensor, h: Tensor, eps: float, wide: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     if x.shape[0] == 0:
-        return zeroed(_ffn_gradients(x, shift, scale, gate, w1, w2))
+        return zeroed(_ffn_gradients(x, shift, scale, gate, w1, w2, wide))
     x, dy, m1, m2 = check.channels_last(x), check.channels_last(dy), check.matrix(w1), check.matrix(w2)
     shift, scale = check.dense_rows(shift), check.dense_rows(scale)
     if h.ndim == 1:
@@ -354,33 +361,36 @@ def _ffn_backward(
     dbranch, dy_narrow, sums, db2 = select("gate_gradient", x)(dy, gate)
     dhidden = pw.input_gradient(dbranch, m2)
     dh, hidden, db1 = select("gelu_backward", x)(dhidden, h, keep=True, overwrite=True)
-    dw2, dgate, _ = pw.gated_gradients(dy_narrow, dbranch, None, sums, db2, hidden, None, None, gate, m2, b2)
+    dw2, dgate, _ = pw.gated_gradients(dy_narrow, dbranch, None, sums, db2, hidden, None, None, gate, m2, b2, wide)
     del hidden, dhidden, dy_narrow, dbranch
     da = pw.input_gradient(dh, m1)
     dx, a, dshift, dscale = select("adaln_modulate_backward_residual", x)(da, dy, x, shift, scale, mean, rstd)
-    dw1 = pw.weight_gradient(dh, a)
+    dw1 = pw.weight_gradient(dh, a, wide)
+    dtype = gradient_dtype(w1, wide)
     dshift, dscale, dgate, db1, db2 = gradients(
-        w1.dtype, (dshift, shift.shape), (dscale, scale.shape), (dgate, gate.shape), (db1, w1.shape[:1]),
+        dtype, (dshift, shift.shape), (dscale, scale.shape), (dgate, gate.shape), (db1, w1.shape[:1]),
         (db2, x.shape[1:2]),
     )  # fmt: skip
-    dw1, dw2 = (w.to(w1.dtype) for w in (dw1.reshape(w1.shape), dw2.reshape(w2.shape)))
+    dw1, dw2 = (w.to(dtype) for w in (dw1.reshape(w1.shape), dw2.reshape(w2.shape)))
     return dx, dshift, dscale, dgate, dw1, db1, dw2, db2
 
 
-def _ffn_gradients(x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, w1: Tensor, w2: Tensor) -> tuple[Tensor, ...]:
+def _ffn_gradients(
+    x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, w1: Tensor, w2: Tensor, wide: bool
+) -> tuple[Tensor, ...]:
     shapes = (shift.shape, scale.shape, gate.shape, w1.shape, w1.shape[:1], w2.shape, x.shape[1:2])
-    return check.empty_image(x), *(w1.new_empty(tuple(s)) for s in shapes)
+    return check.empty_image(x), *(w1.new_empty(tuple(s), dtype=gradient_dtype(w1, wide)) for s in shapes)
 
 
 def _ffn_backward_fake(
     dy: Tensor, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor,
-    *_: Any,
+    *rest: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    return _ffn_gradients(x, shift, scale, gate, w1, w2)
+    return _ffn_gradients(x, shift, scale, gate, w1, w2, rest[-1])
 
 
 _FFN_BACKWARD = register(
-    f"ffn_half_backward(Tensor dy, {_FFN}, Tensor mean, Tensor rstd, Tensor h, float eps) -> "
+    f"ffn_half_backward(Tensor dy, {_FFN}, Tensor mean, Tensor rstd, Tensor h, float eps, bool wide) -> "
     f"({', '.join(['Tensor'] * 8)})",
     recorded("ffn_half_backward", _ffn_backward, weight=5),
     _ffn_backward_fake,
@@ -388,22 +398,21 @@ _FFN_BACKWARD = register(
 
 
 def _ffn_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, eps, _, recompute = inputs
+    *tensors, ctx.eps, _, recompute, ctx.dtype = inputs
     tensors[5] = tensors[5] if recompute else None
     saved = output[1:]
     ctx.mark_non_differentiable(*saved)
-    ctx.eps = eps
     ctx.save_for_backward(*tensors, *saved)
 
 
 def _ffn_gradient(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    inputs = ctx.saved_tensors
+    inputs = kept(ctx, 8)
     refuse_unsaved(inputs[8], "ffn_half")
-    return only_needed(ctx, (*_FFN_BACKWARD(dy, *inputs, ctx.eps), None, None, None))
+    return only_needed(ctx, (*_FFN_BACKWARD(dy, *inputs, ctx.eps, ctx.dtype is not None), None, None, None, None))
 
 
 _FFN_HALF = register(
-    f"ffn_half({_FFN}, float eps, bool save, bool recompute) -> ({', '.join(['Tensor'] * 4)})",
+    f"ffn_half({_FFN}, float eps, bool save, bool recompute, ScalarType? dtype) -> ({', '.join(['Tensor'] * 4)})",
     recorded("ffn_half", tunable("ffn_half", _ffn, weight=4, flags=2), weight=4, save=-2),
     _ffn_fake,
     setup_context=_ffn_setup,
@@ -447,7 +456,7 @@ def ffn_half(
     """
     args = (x, shift, scale, gate, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     save = to_save(*args)
-    y: Tensor = _FFN_HALF(*args, eps, save, recompute and save)[0]
+    y: Tensor = _FFN_HALF(*args, eps, save, recompute and save, None)[0]
     return y
 
 

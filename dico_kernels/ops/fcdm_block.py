@@ -9,11 +9,20 @@ from torch import Tensor
 from dico_kernels.ops import _checks as check
 from dico_kernels.ops import pointwise as pw
 from dico_kernels.ops._backends import fused_products, select
-from dico_kernels.ops._library import only_needed, register
+from dico_kernels.ops._library import kept, only_needed, register
 from dico_kernels.ops._recorded import recorded
 from dico_kernels.ops._sums import gradients
 from dico_kernels.ops._tuning import tunable
-from dico_kernels.ops.block import check_stream, nothing, per_sample, refuse_unsaved, statistics, to_save, zeroed
+from dico_kernels.ops.block import (
+    check_stream,
+    gradient_dtype,
+    nothing,
+    per_sample,
+    refuse_unsaved,
+    statistics,
+    to_save,
+    zeroed,
+)
 from dico_kernels.ops.grn import check_parameter, norm_and_scale, scale_gradients, scale_of
 
 _ARGUMENTS = (
@@ -103,10 +112,10 @@ def _fake(*args: Any) -> tuple[Tensor, ...]:
 def _backward(
     dy: Tensor, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, dw: Tensor, db: Tensor | None, w1: Tensor,
     b1: Tensor | None, gamma: Tensor, beta: Tensor, w2: Tensor, b2: Tensor | None, mean: Tensor, rstd: Tensor,
-    norm: Tensor, h: Tensor, ln_eps: float, grn_eps: float,
+    norm: Tensor, h: Tensor, ln_eps: float, grn_eps: float, wide: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     if x.shape[0] == 0:
-        return zeroed(_gradients(x, shift, scale, gate, dw, w1, gamma, beta, w2))
+        return zeroed(_gradients(x, shift, scale, gate, dw, w1, gamma, beta, w2, wide))
     x, dy, dw = check.channels_last(x), check.channels_last(dy), dw.contiguous()
     m1, m2 = check.matrix(w1), check.matrix(w2)
     if h.ndim == 1:
@@ -119,7 +128,7 @@ def _backward(
     g, _ = select("gelu", x)(h, False)
     dg = pw.input_gradient(dbranch, m2)
     flat = beta.contiguous().reshape(-1)
-    dw2, dgate, ds = pw.gated_gradients(dy_narrow, dbranch, dg, sums, gated, g, s, flat, gate, m2, b2)
+    dw2, dgate, ds = pw.gated_gradients(dy_narrow, dbranch, dg, sums, gated, g, s, flat, gate, m2, b2, wide)
     assert ds is not None
     del g, dy_narrow, dbranch
     dgamma, through = scale_gradients(ds, norm, gamma, grn_eps)
@@ -130,46 +139,47 @@ def _backward(
     dz, a, dshift, dscale = select("adaln_modulate_backward_residual", x)(
         da, None, z, check.dense_rows(shift), check.dense_rows(scale), mean, rstd
     )
-    dw1 = pw.weight_gradient(dh, a)
+    dw1 = pw.weight_gradient(dh, a, wide)
     dx, ddw, ddb = select("depthwise_backward", x)(dz, narrow_x, dw, None, False)
     c, inner = x.shape[1:2], w1.shape[:1]
     (db2,) = gradients(norm.dtype, (gated, c))
     dbeta = db2 @ m2.to(db2.dtype)
+    dtype = gradient_dtype(w1, wide)
     dshift, dscale, dgate, ddw, ddb, db1, dgamma, dbeta, db2 = gradients(
-        w1.dtype, (dshift, shift.shape), (dscale, scale.shape), (dgate, gate.shape), (ddw, dw.shape), (ddb, c),
+        dtype, (dshift, shift.shape), (dscale, scale.shape), (dgate, gate.shape), (ddw, dw.shape), (ddb, c),
         (db1, inner), (dgamma, gamma.shape), (dbeta, beta.shape), (db2, c),
     )  # fmt: skip
-    dw1, dw2 = (w.to(w1.dtype) for w in (dw1.reshape(w1.shape), dw2.reshape(w2.shape)))
+    dw1, dw2 = (w.to(dtype) for w in (dw1.reshape(w1.shape), dw2.reshape(w2.shape)))
     return dx + dy, dshift, dscale, dgate, ddw, ddb, dw1, db1, dgamma, dbeta, dw2, db2
 
 
 def _gradients(
     x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, dw: Tensor, w1: Tensor, gamma: Tensor, beta: Tensor,
-    w2: Tensor,
+    w2: Tensor, wide: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     c, inner = x.shape[1:2], w1.shape[:1]
     vectors = (shift.shape, scale.shape, gate.shape)
     shapes = (*vectors, dw.shape, c, w1.shape, inner, gamma.shape, beta.shape, w2.shape, c)
-    return check.empty_image(x), *(w1.new_empty(tuple(s)) for s in shapes)
+    return check.empty_image(x), *(w1.new_empty(tuple(s), dtype=gradient_dtype(w1, wide)) for s in shapes)
 
 
 def _backward_fake(
     dy: Tensor, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, dw: Tensor, db: Tensor | None, w1: Tensor,
-    b1: Tensor | None, gamma: Tensor, beta: Tensor, w2: Tensor, *_: Any,
+    b1: Tensor | None, gamma: Tensor, beta: Tensor, w2: Tensor, *rest: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    return _gradients(x, shift, scale, gate, dw, w1, gamma, beta, w2)
+    return _gradients(x, shift, scale, gate, dw, w1, gamma, beta, w2, rest[-1])
 
 
 _BACKWARD = register(
     f"fcdm_block_backward(Tensor dy, {_ARGUMENTS}, Tensor mean, Tensor rstd, Tensor norm, Tensor h, float ln_eps, "
-    f"float grn_eps) -> ({', '.join(['Tensor'] * 12)})",
+    f"float grn_eps, bool wide) -> ({', '.join(['Tensor'] * 12)})",
     recorded("fcdm_block_backward", _backward, weight=7),
     _backward_fake,
 )
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ln_eps, grn_eps, _, recompute = inputs
+    *tensors, ln_eps, grn_eps, _, recompute, ctx.dtype = inputs
     tensors[7] = tensors[7] if recompute else None
     saved = output[1:]
     ctx.mark_non_differentiable(*saved)
@@ -178,13 +188,13 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _gradient(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    inputs = ctx.saved_tensors
+    inputs = kept(ctx, 12)
     refuse_unsaved(inputs[12], "fcdm_block")
-    return only_needed(ctx, (*_BACKWARD(dy, *inputs, *ctx.eps), None, None, None, None))
+    return only_needed(ctx, (*_BACKWARD(dy, *inputs, *ctx.eps, ctx.dtype is not None), *[None] * 5))
 
 
 _FCDM_BLOCK = register(
-    f"fcdm_block({_ARGUMENTS}, float ln_eps, float grn_eps, bool save, bool recompute) -> "
+    f"fcdm_block({_ARGUMENTS}, float ln_eps, float grn_eps, bool save, bool recompute, ScalarType? dtype) -> "
     f"({', '.join(['Tensor'] * 5)})",
     recorded("fcdm_block", tunable("fcdm_block", _block, weight=6, flags=2), weight=6, save=-2),
     _fake,
@@ -241,7 +251,7 @@ def fcdm_block(
         x, shift, scale, gate, dw_weight, dw_bias, pw1_weight, pw1_bias, gamma, beta, pw2_weight, pw2_bias
     )  # fmt: skip
     save = to_save(*args)
-    y: Tensor = _FCDM_BLOCK(*args, ln_eps, grn_eps, save, recompute and save)[0]
+    y: Tensor = _FCDM_BLOCK(*args, ln_eps, grn_eps, save, recompute and save, None)[0]
     return y
 
 

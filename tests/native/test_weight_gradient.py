@@ -71,6 +71,19 @@ def test_gated(isa, dtype, sizes, scaled, broadcast):
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_wide(isa, dtype, sizes):
+    """What else is rounded at last."""
+    dy, x, weight, gate = given(sizes, dtype)
+    acc = accumulation_dtype(dtype)
+    for options in ((), (weight, gate)):
+        wide = native.weight_gradient(dy, x, *options, wide=True)[0]
+        assert wide.dtype == acc
+        assert torch.equal(wide.to(dtype), native.weight_gradient(dy, x, *options)[0])
+        by = gate.double().expand(sizes[0], sizes[2])[:, :, None] if options else 1
+        assert close(wide, products_of(dy, x, None) * by, 0, acc)
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_with_a_shift_and_a_bias(isa, dtype, sizes):
     """They change nothing but what they are in."""
     dy, x, weight, gate = given(sizes, dtype)

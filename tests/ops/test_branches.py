@@ -74,9 +74,44 @@ def test_recompute_keeps_less_and_changes_nothing(backend, device):
         assert sizes[1] < sizes[0]
 
 
+def test_autocast_keeps_no_copies_of_the_weights(case):
+    """Nor of vectors: a training step keeps what it does of a float32 stream beside narrow weights."""
+    narrow = [a.requires_grad_() for a in _mixed(case, torch.bfloat16, (2, 16, 4, 5))]
+    wide = [a.detach().float().requires_grad_() for a in narrow]
+    expected = saved_bytes(case.op, narrow, narrow)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert saved_bytes(case.op, wide, wide) == expected
+
+
+@pytest.mark.parametrize("shape", [(2, 12, 3, 4), (2, 12, 8, 9)], ids=str)
+def test_under_autocast_gradients_have_their_own_dtypes(case, backend, device, shape):
+    """Also where conditioning comes from a layer in autocast's; from native's kernels weights' come unrounded."""
+    if backend == "triton":
+        shape = (1, 7, 3, 3)
+    x, *vectors_and_weights = (a.to(device) for a in _mixed(case, torch.bfloat16, shape))
+    vectors, weights = vectors_and_weights[:3], [a.float() for a in vectors_and_weights[3:]]
+    leaves = [a.requires_grad_() for a in (x, *vectors, *weights)]
+    dy = torch.randn(shape, device=device)
+    with torch.autocast(device, torch.bfloat16):
+        out = case.op(*leaves)
+    out.backward(dy)
+    narrow = [x, *vectors, *(w.to(torch.bfloat16) for w in weights)]
+    narrow = [a.detach().requires_grad_() for a in narrow]
+    expected = case.op(*narrow)
+    expected.backward(dy)
+    assert torch.equal(out, expected)
+    for leaf, other in zip(leaves, narrow, strict=True):
+        assert leaf.grad.dtype == leaf.dtype
+        assert rel_rms(leaf.grad, other.grad) < 4e-3
+    last = [w.grad for w in weights if w.ndim == 4][-1]
+    if backend == "native":
+        assert not torch.equal(last.bfloat16().float(), last)
+
+
 def test_nothing_is_saved_without_gradients(case, backend, device):
     arguments = [a.to(device) for a in case.arguments((1, 4, 3, 3))]
     defaults = {"conv_half": (1e-6, False), "ffn_half": (1e-6, False, False)}.get(case.name, (1e-6, 1e-6, False, False))
+    defaults = *defaults, None
     out, *saved = getattr(torch.ops.dico_kernels, case.name)(*arguments, *defaults)
     assert out.shape == arguments[0].shape
     assert all(s.numel() == 0 for s in saved)

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from ops_cases import CASES, outputs_and_gradients, tuple_of
+from ops_cases import BRANCHES, CASES, outputs_and_gradients, tuple_of
 from support import rel_rms
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
@@ -14,12 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dico_kernels as dk
 
-# What the public functions add: eps, and of the branches whether to save for backward, and whether to recompute.
+# What the public functions add: eps, and of the branches whether to save, whether to recompute, and autocast's dtype.
 DEFAULTS = {
     **dict.fromkeys(("adaln_modulate", "gated_residual_adaln", "depthwise_adaln", "grn"), (1e-6,)),
-    "conv_half": (1e-6, True),
-    "ffn_half": (1e-6, True, False),
-    "fcdm_block": (1e-6, 1e-6, True, False),
+    "conv_half": (1e-6, True, None),
+    "ffn_half": (1e-6, True, False, None),
+    "fcdm_block": (1e-6, 1e-6, True, False, None),
 }
 
 
@@ -44,6 +44,13 @@ def test_opcheck(case, place, layout, dtype):
 
     arguments = [prepare(a) for a in case.arguments((2, 6, 3, 4))]
     torch.library.opcheck(torch_op(case), with_defaults(case, arguments))
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+def test_opcheck_with_the_dtype_of_autocast(name, place):
+    case = CASES[name]
+    arguments = [a.to(place, torch.float32).requires_grad_() for a in case.arguments((2, 6, 3, 4))]
+    torch.library.opcheck(torch_op(case), (*arguments, *DEFAULTS[name][:-1], torch.bfloat16))
 
 
 @pytest.mark.parametrize("shape", [(2, 6, 3, 4), (1, 1, 1, 1)], ids=str)

@@ -224,12 +224,13 @@ struct WeightGradientArgs {
     const void* gated;
     const void* sums;
     const void* bias;  // b and W shift
-    void* dweight;     // of dy's type
+    void* dweight;     // of dy's type, or of the accumulation's: wide
     void* dgate;
     void* dscale;
     void* scratch;
     int64_t samples, pixels, outputs, inputs;
     int64_t gate_stride;
+    int64_t wide;
 };
 
 // attention = sigmoid(W mean + b), mean = sums / pixels; each (images, channels).
