@@ -33,6 +33,9 @@ class Product(NamedTuple):
 # often, few enough that they stay in the second and that a small batch occupies several threads.
 _ROWS = (32, 96)
 _BUFFER_BYTES = 3 << 18
+# Blocks of all images from which it does not matter that some threads have one more; of fewer rows are then divided
+# evenly, into blocks of as few as three quarters of the above.
+_MANY = 64
 
 
 class _Scratch(threading.local):
@@ -56,8 +59,8 @@ SCRATCH = _Scratch()
 def _block_rows(images: int, rows: int, inputs: int, size: int) -> int:
     most = max(min(_ROWS[1], _BUFFER_BYTES // (inputs * size)), _ROWS[0])
     blocks = -(-rows // min(max(-(-images * rows // 8), _ROWS[0]), most))
-    # As many for each of 8, 4 or 2 threads: of 11 blocks one of two has a fifth more than the other.
-    for threads in (8, 4, 2):
+    # About as many for each of 8, 4 or 2 threads: of 11 blocks one of two has a fifth more than the other.
+    for threads in (8, 4, 2) if images * blocks < _MANY else ():
         step = threads // math.gcd(threads, images)
         even = -(-blocks // step) * step
         if 4 * rows >= 3 * even * _ROWS[0]:

@@ -4,7 +4,7 @@
 // second-level cache holds, tiles of its product through the epilogue while they are in the first. Included inside
 // the namespace of one instruction set.
 //
-// Every output is one chain of multiply-adds over the inputs in their order, whatever tile it falls into: results
+// Every output of theirs is one chain of multiply-adds over the inputs in their order, whatever its tile: results
 // depend neither on the division of the rows nor on the number of threads; sums of squares on the division, which
 // is the shape's.
 

@@ -99,7 +99,8 @@ struct GradientPlan {
     GradientPlan(int64_t samples, int64_t pixels, int64_t outputs, int64_t inputs) {
         constexpr int64_t kUnits = 8, kMoreUnits = 32, kRows = 96, kElement = sizeof(operand_t<T>),
                           kSum = sizeof(acc_t<T>);
-        constexpr int64_t kTogetherBytes = 1 << 18;  // of a panel: what the second-level cache holds beside a strip
+        // Of a panel: what the second-level cache holds beside a strip. Of all: not much beside the activations.
+        constexpr int64_t kTogetherBytes = 1 << 18, kAllBytes = 3 << 21;
         const auto up = [](int64_t n, int64_t of) { return (n + of - 1) / of; };
         const auto lines = [&](int64_t n) { return up(n, 64) * 64; };
         strips = up(outputs, kStrip);
@@ -108,7 +109,10 @@ struct GradientPlan {
         depth = depth_of<T>(segments > 1 ? kSegment<T> : pixels);
         strip_size = depth * kStrip;
         panel_size = depth * kPanel<T>;
-        const int64_t most = panel_size * kElement < kTogetherBytes ? kTogetherBytes / (panel_size * kElement) : 1;
+        const int64_t all = kAllBytes / ((strips * strip_size + panels * panel_size) * kElement);
+        int64_t most = kTogetherBytes / (panel_size * kElement);
+        if (most > all) most = all;
+        if (most < 1) most = 1;
         parts = up(segments, most);
         run = up(segments, parts);
         together = parts > 1 ? 1 : most / segments;

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dico_kernels import native
+from dico_kernels._memory import DTYPES
 from dico_kernels.dtypes import accumulation_dtype
 
 # samples, pixels, K, C: less than a tile; an odd number of pixels; several tiles, strips, panels and blocks; more
@@ -103,6 +104,14 @@ def test_many_pixels_lose_no_digits(isa):
     dy, x = torch.randn(1, 65536, 3), torch.randn(1, 65536, 5)
     exact = (dy.double().transpose(1, 2) @ x.double())[0]
     assert (native.weight_gradient(dy, x)[0] - exact).norm() <= 1e-6 * exact.norm()
+
+
+@pytest.mark.parametrize(("samples", "pixels"), [(1, 1024), (4, 1024), (64, 64)])
+def test_packs_a_few_megabytes_at_a_time(isa, samples, pixels):
+    """Calls whose memory is more than recordings hold between them are not recorded, see ops/_recorded.py."""
+    size = native.extension().weight_gradient_scratch(DTYPES[torch.float32], samples, pixels, 2048, 512)
+    sums = 4 * samples * 2 * (2048 * 512 // 16 + 512 * 32)  # of rows and columns, of two parts
+    assert size - sums < 7 << 20
 
 
 def test_infinity_stays_infinite(isa):
