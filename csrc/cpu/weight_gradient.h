@@ -234,14 +234,15 @@ static void weight_gradient_typed(const WeightGradientArgs& a, int threads) {
             for (int64_t k = first; k < end; k += kTileRows) {
                 const int64_t count = end - k < kTileRows ? end - k : kTileRows;
                 // Each row of W and dW may be a page of its own: while the tile is formed they are fetched.
-                for (int64_t r = 0; r < count; ++r) {
-                    constexpr int64_t kLine = 64 / sizeof(T);
-                    const int64_t at = (k + r) * a.inputs + c0;
-                    for (int64_t c = 0; c < width; c += kLine) {
-                        if constexpr (Gated) __builtin_prefetch(weight + at + c);
-                        __builtin_prefetch(finished + at + c, 1);
-                    }
-                }
+                const auto fetch = [&](auto* rows, auto to_write) {
+                    constexpr int64_t kLine = 64 / sizeof(*rows);
+                    for (int64_t r = 0; r < count; ++r)
+                        for (int64_t c = 0; c < width; c += kLine)
+                            __builtin_prefetch(rows + (k + r) * a.inputs + c0 + c, decltype(to_write)::value);
+                };
+                if constexpr (Gated) fetch(weight, Count<0>{});
+                if (begun || !ends || !narrow) fetch(dweight, Count<1>{});
+                if (ends && narrow) fetch(finished, Count<1>{});
                 V gradient[kTileRows * kTileVectors] = {};
                 for (int64_t n = 0; n < samples; ++n) {
                     V own[kTileRows * kTileVectors] = {};
