@@ -55,9 +55,11 @@ def register(
     if autocast == "branch":
         kernel, fake = _narrowing(kernel), _narrowing(fake)
     _LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    op: Any = getattr(torch.ops.dico_kernels, name).default
+    arguments = op._schema.arguments
     for key in ("CPU", "CUDA"):
-        _LIB.impl(name, _refuse_forward_mode(name, kernel), key)
-    torch.library.register_fake(qualified, fake, lib=_LIB)
+        _LIB.impl(name, _refuse_forward_mode(name, _refuse_none(arguments, kernel)), key)
+    torch.library.register_fake(qualified, _refuse_none(arguments, fake), lib=_LIB)
     setup_context = setup_context or _save_nothing
     if backward is None:
         backward = _refuse_second_derivative(name)
@@ -65,13 +67,12 @@ def register(
         setup_context, backward = _without_zeros(setup_context, backward)
     torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIB)
     torch.library.register_vmap(qualified, _refuse_vmap(name), lib=_LIB)
-    op: Any = getattr(torch.ops.dico_kernels, name).default
     for device, key in _AUTOCAST_KEYS.items():
         _LIB.impl(name, _autocast(op, device, key, autocast), key)
     # In the kernel, too: torch.func.jvp strips tangents before the kernel, a caller of torch.ops skips this one.
     checked = _refuse_forward_mode(name, op)
     differentiable = _differentiable(name, kernel, setup_context, backward)
-    takes = tuple("Tensor" in str(argument.type) for argument in op._schema.arguments)
+    takes = tuple(_TAKES[str(argument.real_type)] for argument in arguments)
 
     def call(*args: Any) -> Any:
         # Who records wants to see what the kernel does, and has made sure that nothing else takes part. Where nothing
@@ -139,27 +140,37 @@ def _differentiates(args: tuple[Any, ...]) -> bool:
     return not torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.AutogradFunctionality)
 
 
-def _comes_to_the_kernel(args: tuple[Any, ...], takes: tuple[bool, ...]) -> bool:
+PLAIN: set[type] = {Tensor, torch.nn.Parameter}
+_NUMBERS: set[type] = {int, float, bool}
+# The types that the kernel may be given where a schema names these. The dispatcher takes others: it makes a number of
+# a number's tensor, and refuses what it cannot make one of.
+_TAKES: dict[str, set[type]] = {
+    "Tensor": PLAIN,
+    "Optional[Tensor]": PLAIN | {type(None)},
+    "float": _NUMBERS,
+    "bool": _NUMBERS,
+    "Optional[ScalarType]": {torch.dtype, type(None)},
+}
+
+
+def _comes_to_the_kernel(args: tuple[Any, ...], takes: tuple[set[type], ...]) -> bool:
     """Whether no mode, profiler, tracer or transform sees a call, and the dispatcher has at most autograd to ask.
 
-    takes says which arguments are to be tensors: of a number's tensor the dispatcher makes a number.
+    takes: the types that each argument may have for that.
     """
     if len(args) != len(takes) or not _unwatched():
         return False
     if torch._C._len_torch_function_stack() or torch._C._autograd._profiler_enabled():
         return False
     device = None
-    for a, tensor in zip(args, takes, strict=True):
-        if not tensor:
-            if type(a) not in _NUMBERS:
-                return False
-        elif type(a) in PLAIN:
+    for a, types in zip(args, takes, strict=True):
+        if type(a) not in types:
+            return False
+        if type(a) in PLAIN:
             found = _device_of(a)
             if found is None or found != (device or found):
                 return False
             device = found
-        elif a is not None:
-            return False
     return device is not None and not torch.is_autocast_enabled(device)
 
 
@@ -178,10 +189,6 @@ def _device_of(x: Tensor) -> str | None:
             _PLAIN_KEYS[torch._C._dispatch_keys(plain).raw_repr()] = x.device.type
         found = _PLAIN_KEYS.get(keys)
     return found
-
-
-PLAIN = {Tensor, torch.nn.Parameter}
-_NUMBERS = {int, float, bool, type(None), torch.dtype}
 
 
 def only_numbers(x: Any, *more: Any) -> bool:
@@ -252,6 +259,19 @@ def _refuse_second_derivative(name: str) -> Op:
         )
 
     return backward
+
+
+def _refuse_none(arguments: Any, kernel: Op) -> Op:
+    """The dispatcher takes None for any tensor, as an undefined one; the kernel would fail without naming it."""
+    required = tuple((i, a.name) for i, a in enumerate(arguments) if str(a.type) == "Tensor")
+
+    def checked(*args: Any) -> Any:
+        for i, name in required:
+            if args[i] is None:
+                raise TypeError(f"{name} is None: expected a tensor")
+        return kernel(*args)
+
+    return checked
 
 
 def _refuse_forward_mode(name: str, kernel: Op) -> Op:

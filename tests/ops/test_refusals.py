@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from ops_cases import CASES
@@ -82,6 +84,35 @@ def test_bad_argument_is_named(name, index, value, named):
 def test_a_bad_eps_is_named(name, eps):
     with pytest.raises(ValueError, match=f"eps={eps}: expected a number >= 0"):
         CASES[name].op(*good(name), eps)
+
+
+@pytest.mark.parametrize("fake", [False, True])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_none_is_refused_where_a_tensor_is_needed(case, gradients, fake):
+    arguments = good(case.name)
+    schema = getattr(torch.ops.dico_kernels, case.name).default._schema.arguments
+    for index in range(len(arguments)):
+        given = replaced(case.name, index, None)
+        given[0] = given[0] if index == 0 else given[0].requires_grad_(gradients)
+        if str(schema[index].type) == "Tensor":
+            with contextlib.ExitStack() as stack:
+                if fake:
+                    mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+                    given = [None if a is None else mode.from_tensor(a) for a in given]
+                stack.enter_context(
+                    pytest.raises(TypeError, match=f"^{schema[index].name} is None: expected a tensor$")
+                )
+                case.op(*given)
+
+
+@pytest.mark.parametrize("name", ["adaln_modulate", "gated_residual_adaln", "depthwise_adaln", "grn"])
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("eps", [None, torch.float32, "1e-6"], ids=str)
+def test_what_is_no_number_is_refused_as_eps(name, gradients, eps):
+    arguments = good(name)
+    arguments[0].requires_grad_(gradients)
+    with pytest.raises(RuntimeError, match="'float' for argument 'eps'"):
+        CASES[name].op(*arguments, eps)
 
 
 def test_mixed_devices_are_refused(case):
