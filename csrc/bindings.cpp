@@ -191,6 +191,10 @@ PYBIND11_MODULE(_C, m) {
     bind_rows(m, "channel_affine", &Kernels::channel_affine, &CA::x, &CA::s, &CA::shift, &CA::z, &CA::r, &CA::y,
               &CA::s_stride, &CA::shift_stride, &CA::r_stride);
 
+    using PT = dico::PatchesArgs;
+    bind(m, "patches", &Kernels::patches, &PT::x, &PT::patches, &PT::images, &PT::height, &PT::width, &PT::channels,
+         &PT::k);
+
     m.def("depthwise_scratch",
           [](int dtype, int threads, int64_t channels, int64_t width, int64_t k, bool backward) {
               return dico::cpu::kernels().depthwise_scratch(static_cast<dico::Dtype>(dtype), channels, width, k,

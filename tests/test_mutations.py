@@ -233,6 +233,18 @@ BUGS |= {
             "own_gate, own_s = gate if gate.shape[0] == 1 else gate[part], None if s is None else 1 + 0 * s[part]",
             "tests/ops/test_branches.py -k per_sample_products",
         ),
+        "a dense convolution's gradient of a turned kernel": (
+            "convolution.py",
+            "check.channels_last(dx), dweight.contiguous()",
+            "check.channels_last(dx), dweight.flip(2, 3)",
+            "tests/ops/test_convolution.py -k gradients_and_what_runs",
+        ),
+        "a dense convolution with more pixels than weights": (
+            "convolution.py",
+            "if 0 < 4 * _pixels(x) <= weight.shape[0] and",
+            "if 0 < _pixels(x) and",
+            "tests/ops/test_convolution.py -k gradients_and_what_runs",
+        ),
         "the residual past the block dropped": (
             "fcdm_block.py",
             "return dx + dy, dshift",

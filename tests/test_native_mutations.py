@@ -145,6 +145,12 @@ BUGS = {
         "const vec_t<T> stored = vload(x + at, lanes);",
         "test_pointwise.py::test_gelu",
     ),
+    "neighbours transposed": (
+        "convolution.h",
+        "down = n / a.k - half, right = n % a.k - half",
+        "down = n % a.k - half, right = n / a.k - half",
+        "test_convolution.py::test_patches_are_those_of_unfold",
+    ),
     "gradient's sub-pixels transposed": (
         "pixel_shuffle.h",
         "up[4 * c + 1] = p1[c];\n                up[4 * c + 2] = p2[c];",

@@ -24,7 +24,7 @@ TOWER = [
     {"_memory", "_packed"},
     {"_extension"},
     {"_gemm", "_vectors", "_weight_gradients"},
-    {"_recording"},
+    {"_convolution", "_recording"},
     {"kernels", "native", "reference"},
     {"info"},
     {"ops"},

@@ -36,6 +36,7 @@ static inline int thread_number() { return 0; }
 #include "adaln.h"
 #include "attention.h"
 #include "channel.h"
+#include "convolution.h"
 #include "depthwise.h"
 #include "gemm.h"
 #include "pixel_shuffle.h"
@@ -56,6 +57,7 @@ const Kernels table = {DICO_STRING(DICO_ISA),
                        channel_sums,
                        channel_dots,
                        channel_affine,
+                       patches,
                        depthwise_scratch,
                        depthwise,
                        depthwise_backward,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import ClassVar, cast
+from typing import ClassVar, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from dico_kernels import ops
 from dico_kernels.nn._fused import Fused, hooked, plain_convolution, settings, unreadable
 from dico_kernels.nn.adaln import conditioned
 from dico_kernels.ops._library import autocasting
+from dico_kernels.ops.convolution import convolution, pays
 from dico_kernels.reference import base
 
 
@@ -107,12 +108,26 @@ def separable(up: nn.Module, reduce: nn.Module) -> bool:
 
 def joined(up: nn.Module, reduce: nn.Conv2d, x: Tensor, skip: Tensor) -> Tensor:
     """1x1 of cat[up(x), skip] as one op behind up's convolution; ``up`` as reference.base.upsample makes it."""
-    conv = up[0][0]  # type: ignore[index]
-    y = conv(x)
+    y = _convolved(up[0][0], x)  # type: ignore[index]
     if skip.dtype != y.dtype and not autocasting(x):
         dtype = torch.promote_types(y.dtype, skip.dtype)  # as torch.cat does
         y, skip = y.to(dtype), skip.to(dtype)
     return ops.pixel_shuffle_skip(y, skip, reduce.weight, reduce.bias)
+
+
+def _convolved(conv: nn.Module, x: Tensor) -> Tensor:
+    """conv(x), as an op where that is the faster way."""
+    if _separate(conv) and not torch.compiler.is_compiling() and pays(x, conv.weight):
+        return convolution(x, conv.weight)
+    y: Tensor = conv(x)
+    return y
+
+
+def _separate(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Whether all that a convolution does may be done without calling it."""
+    if type(conv) is not nn.Conv2d or conv.bias is not None or hooked(conv) or unreadable(conv):
+        return False
+    return settings(conv) == plain_convolution(3)
 
 
 __all__ = ["Downsample", "FusedUShape", "SkipUpsample"]

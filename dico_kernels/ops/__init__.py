@@ -3,6 +3,7 @@
 Also callable as ``torch.ops.dico_kernels.*``, where an op that keeps statistics for its backward returns them too.
 """
 
+from dico_kernels.ops import convolution as convolution  # what models need of it is in nn: not a public op
 from dico_kernels.ops._flops import register_formulas
 from dico_kernels.ops.adaln import adaln_modulate, gated_residual, gated_residual_adaln
 from dico_kernels.ops.block import conv_half, ffn_half

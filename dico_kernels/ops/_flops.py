@@ -12,7 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 # Weights that meet one vector an image, and not every pixel.
 _OF_THE_MEAN = {("cca_gate", "weight"), ("conv_half", "ca_weight")}
 _OPS = (
-    *("cca_gate", "conv_half", "depthwise_adaln", "fcdm_block", "ffn_half", "pixel_shuffle_skip"),
+    *("cca_gate", "conv_half", "convolution", "depthwise_adaln", "fcdm_block", "ffn_half", "pixel_shuffle_skip"),
     "pointwise_depthwise_gelu",
 )
 

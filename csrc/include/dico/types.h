@@ -326,6 +326,15 @@ struct PointwiseArgs : Image {
     int64_t wide_stream;  // with adaLN x, and residual and its y, are float32 though all else is a 16-bit type
 };
 
+// x is (images, height, width, channels); patches (images, height, width, channels * k * k), k odd.
+struct PatchesArgs {
+    const void* x;
+    void* patches;
+    int64_t images, height, width;
+    int64_t channels;
+    int64_t k;
+};
+
 // rows: rows of small images, (rows, width, 4 * channels) in up; two rows of twice the width in skip and cat for
 // each.
 struct PixelShuffleArgs {

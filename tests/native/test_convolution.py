@@ -1,0 +1,66 @@
+"""Native dense convolution and its weight's gradient on every instruction set, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.nn.grad import conv2d_input
+
+from dico_kernels import _convolution, native
+
+# images, inputs, height, width, outputs, kernel: one pixel, odd everything, a kernel larger than the image, 1x1, and
+# the shape of a way up
+CASES = [(1, 1, 1, 1, 1, 3), (2, 5, 3, 7, 4, 3), (3, 17, 4, 2, 9, 5), (1, 3, 2, 2, 70, 9), (2, 33, 1, 9, 16, 1)]
+CASES += [(2, 24, 4, 4, 136, 3)]
+
+
+def inputs(case, dtype, image):
+    n, c, h, w, outputs, k = case
+    weight = torch.randn(outputs, c, k, k, dtype=torch.float64) / (c * k * k) ** 0.5
+    return image((n, c, h, w), dtype), weight.to(dtype), image((n, outputs, h, w), dtype)
+
+
+def evaluate(x, weight, dy):
+    return [native.convolution(x, weight), native.convolution_weight_gradient(dy, x, weight)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_against_float64(isa, case, dtype, image, check):
+    x, weight, dy = inputs(case, dtype, image)
+    y, dweight = evaluate(x, weight, dy)
+    assert y.dtype == dweight.dtype == dtype
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    dx = conv2d_input(x.shape, weight.double(), dy.double(), padding=case[-1] // 2).to(dtype)  # not ours
+    check([y, dx, dweight], lambda *a: F.conv2d(*a, padding=case[-1] // 2), [x, weight], [dy])
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_patches_are_those_of_unfold(isa, case, dtype, image):
+    n, c, h, w, _, k = case
+    x = image((n, c, h, w), dtype)
+    expected = F.unfold(x.double(), k, padding=k // 2).transpose(1, 2).reshape(n, h, w, c * k * k)
+    assert torch.equal(_convolution._patches(x, k).double(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_same_bits_on_any_number_of_threads(isa, dtype, image, same_bits):
+    x, weight, dy = inputs((2, 24, 5, 4, 136, 3), dtype, image)
+    same_bits(lambda: evaluate(x, weight, dy))
+
+
+def test_bad_arguments_are_named(image):
+    x, weight, dy = inputs((2, 5, 3, 7, 4, 3), torch.float32, image)
+    for named, call in {
+        "x has strides": lambda: native.convolution(x.contiguous(), weight),
+        "weight has shape .* k odd": lambda: native.convolution(x, weight[..., :2, :2].contiguous()),
+        r"weight has shape \(4, 4, 3, 3\)": lambda: native.convolution(x, weight[:, :4].contiguous()),
+        "weight has .*contiguous": lambda: native.convolution(x, weight.to(memory_format=torch.channels_last)),
+        "weight is torch.float64": lambda: native.convolution(x, weight.double()),
+        "dy has shape": lambda: native.convolution_weight_gradient(dy[:1], x, weight),
+        "dy is torch.float64": lambda: native.convolution_weight_gradient(dy.double(), x, weight),
+    }.items():
+        with pytest.raises(ValueError, match=named):
+            call()
+    with pytest.raises(RuntimeError, match="patches: the native kernel runs on cpu only"):
+        native.convolution(x.to("meta"), weight.to("meta"))

@@ -1,0 +1,120 @@
+"""The convolution on the way up as an op: what runs, its gradients, and that nobody notices in a model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import rel_rms
+from torch.nn import functional as F
+
+import dico_kernels as dk
+from dico_kernels.ops._backends import recording
+from dico_kernels.ops.convolution import convolution, pays
+
+# Of 2 images with 12 inputs: height, width and outputs where forward and backward are native, only backward, none
+BOTH, BACKWARD, NEITHER = (2, 3, 52), (3, 4, 40), (4, 5, 39)
+
+
+def given(shape, dtype=torch.float64, k=3):
+    h, w, outputs = shape
+    x = torch.randn(2, 12, h, w, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    return x.requires_grad_(), (torch.randn(outputs, 12, k, k, dtype=dtype) / 10).requires_grad_()
+
+
+def gradients(y, *inputs):
+    return torch.autograd.grad(y, inputs, torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape))
+
+
+@pytest.mark.parametrize("shape", [BOTH, BACKWARD, NEITHER], ids=["both", "backward", "neither"])
+@pytest.mark.parametrize("k", [3, 5])
+@pytest.mark.parametrize("name", ["native", "reference"])
+def test_gradients_and_what_runs(name, k, shape):
+    x, weight = given(shape, k=k)
+    with dk.backend(name, products="fused"):
+        seen = []
+        with recording(lambda choice: seen.append(choice.entry)):
+            gradients(convolution(x, weight), x, weight)
+        results = convolution(x, weight), *gradients(convolution(x, weight), x, weight)
+    y = F.conv2d(x, weight, padding=k // 2)
+    for ours, exact in zip(results, (y, *gradients(y, x, weight)), strict=True):
+        assert rel_rms(ours, exact) < 1e-14
+    expected = {BOTH: ["convolution", "convolution_weight_gradient"], BACKWARD: ["convolution_weight_gradient"]}
+    assert seen == (expected.get(shape, []) if name == "native" else [])
+    with dk.backend(name, products="fused"):
+        assert torch.autograd.gradcheck(convolution, (x, weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [BOTH, BACKWARD, NEITHER], ids=["both", "backward", "neither"])
+@pytest.mark.parametrize("layout", ["channels_last", "nchw"])
+def test_opcheck(shape, dtype, layout):
+    x, weight = given(shape, dtype)
+    if layout == "nchw":
+        x = x.detach().contiguous().requires_grad_()
+    with dk.backend("auto", products="fused"):
+        torch.library.opcheck(torch.ops.dico_kernels.convolution.default, (x, weight))
+        dy = torch.randn(2, shape[-1], *shape[:2], dtype=dtype)
+        torch.library.opcheck(
+            torch.ops.dico_kernels.convolution_backward.default,
+            (dy, x.detach(), weight.detach()),
+            test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+        )
+
+
+def test_bad_arguments_are_named():
+    x, weight = (v.detach() for v in given(BOTH))
+    for arguments, named in [
+        ((x[0], weight), "x has shape"),
+        ((x, weight[:, :5]), r"weight has shape \(52, 5, 3, 3\): expected \(K, 12, k, k\)"),
+        ((x, weight[..., :2, :2]), "weight has a 2x2 kernel: expected an odd size"),
+        ((x, weight.float()), "weight has dtype torch.float32"),
+    ]:
+        with pytest.raises(ValueError, match=named):
+            convolution(*arguments)
+
+
+@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("change", [None, "hook", "bias", "groups", "strided weight", "dilated", "compiled", "packed"])
+def test_the_way_up_of_a_model(change, amp):
+    """The same output and gradients as of the layers by themselves; whatever is not a plain layer is called."""
+    torch.manual_seed(0)
+    up = dk.nn.SkipUpsample(32)
+    conv = up.up.body[0]
+    if change == "hook":
+        conv.register_forward_hook(lambda module, args, out: 2 * out)
+    elif change in ("bias", "groups", "dilated"):
+        options = {"bias": {"bias": True}, "groups": {"groups": 4}, "dilated": {"dilation": 2, "padding": 2}}[change]
+        up.up.body[0] = conv = torch.nn.Conv2d(32, 64, 3, **{"padding": 1, "bias": False, **options})
+    elif change == "strided weight":
+        conv.weight.data = conv.weight.data.to(memory_format=torch.channels_last)
+    elif change == "packed":
+        dk.pack(up)
+    x, skip = torch.randn(1, 32, 3, 5), torch.randn(1, 16, 6, 10)
+    parameters = list(up.parameters())
+    call = torch.compile(up, fullgraph=True, backend="aot_eager") if change == "compiled" else up
+    with torch.autocast("cpu", enabled=amp), dk.backend("auto", products="fused"):
+        seen = []
+        with recording(lambda choice: seen.append(choice.entry)), torch.no_grad():
+            assert rel_rms(call(x, skip), up.reduce(torch.cat([up.up(x), skip], 1))) < (1e-2 if amp else 1e-6)
+        y = call(x, skip)
+        plain = up.reduce(torch.cat([up.up(x), skip], 1))
+    assert ("convolution" in seen) == (change is None)
+    for ours, exact in zip(gradients(y, *parameters), gradients(plain, *parameters), strict=True):
+        assert rel_rms(ours, exact) < (1e-2 if amp else 1e-5)
+
+
+def test_pays_where_pixels_are_few():
+    weight = torch.empty(64, 32, 3, 3)
+    assert pays(torch.empty(1, 32, 8, 8), weight)
+    for x in (torch.empty(1, 32, 8, 9), torch.empty(0, 32, 8, 8), torch.empty(32, 8, 8), torch.empty(1, 8, 8, 8)):
+        assert not pays(x, weight)
+    assert not pays(torch.empty(1, 32, 8, 8, dtype=torch.bfloat16), weight)
+    assert not pays(torch.empty(1, 32, 8, 8, device="meta"), weight)
+
+
+def test_no_images():
+    y = convolution(
+        torch.empty(0, 12, 3, 4, requires_grad=True), weight := torch.randn(8, 12, 3, 3, requires_grad=True)
+    )
+    assert y.shape == (0, 8, 3, 4)
+    assert not torch.autograd.grad(y.sum(), weight)[0].any()
