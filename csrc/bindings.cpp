@@ -194,6 +194,8 @@ PYBIND11_MODULE(_C, m) {
     using PT = dico::PatchesArgs;
     bind(m, "patches", &Kernels::patches, &PT::x, &PT::patches, &PT::images, &PT::height, &PT::width, &PT::channels,
          &PT::k);
+    bind(m, "patches_backward", &Kernels::patches_backward, &PT::x, &PT::patches, &PT::images, &PT::height,
+         &PT::width, &PT::channels, &PT::k);
 
     m.def("depthwise_scratch",
           [](int dtype, int threads, int64_t channels, int64_t width, int64_t k, bool backward) {

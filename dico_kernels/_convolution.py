@@ -29,16 +29,27 @@ def convolution(x: Tensor, weight: Tensor) -> Tensor:
     Raises:
         ValueError: a wrong shape, layout, dtype or device, naming the argument.
     """
-    matrix = _matrix(x, weight)
+    matrix = _matrix(weight, x, 1)
     return pointwise(_patches(x, weight.shape[2]).permute(0, 3, 1, 2), matrix).y
 
 
-def convolution_weight_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """The gradient of convolution's weight, contiguous; dy is (N, K, H, W), channels_last.
+def convolution_gradient(dy: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of convolution's x, channels_last; dy is (N, K, H, W), channels_last.
 
-    That of x is left to the library, which is as fast there, and rounds it once.
+    Of a 16-bit dtype what each tap adds is rounded before it is added up.
     """
-    matrix = _matrix(x, weight)
+    matrix = _matrix(weight, dy, 0)
+    n, _, h, w = dy.shape
+    c, k = weight.shape[1], weight.shape[2]
+    dpatches = pointwise(dy, matrix.t(), frozen=False).y
+    dx = torch.empty((n, c, h, w), dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
+    call("patches_backward", dy, dx, dpatches, n, h, w, c, k)
+    return dx
+
+
+def convolution_weight_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of convolution's weight, contiguous; dy is (N, K, H, W), channels_last."""
+    matrix = _matrix(weight, x, 1)
     n, _, h, w = x.shape
     outputs, _, k, _ = weight.shape
     image("dy", dy)
@@ -49,13 +60,15 @@ def convolution_weight_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor
     return weight_gradient(rows(dy)[None], patches)[0].reshape(weight.shape)
 
 
-def _matrix(x: Tensor, weight: Tensor) -> Tensor:
-    """Check; the weight as (K, C * k * k)."""
-    image("x", x)
+def _matrix(weight: Tensor, like: Tensor, dim: int) -> Tensor:
+    """Check, against an image whose channels meet a dimension of the weight; the weight as (K, C * k * k)."""
+    image("x" if dim else "dy", like)
     k = weight.shape[-1] if weight.ndim else 0
-    if k % 2 == 0:
+    if k % 2 == 0 or weight.ndim != 4:
         raise ValueError(f"weight has shape {tuple(weight.shape)}: expected (K, C, k, k), k odd")
-    dense("weight", weight, (weight.shape[0], x.shape[1], k, k), x.dtype, x.device)
+    shape = [*weight.shape[:2], k, k]
+    shape[dim] = like.shape[1]
+    dense("weight", weight, tuple(shape), like.dtype, like.device)
     return weight.reshape(weight.shape[0], -1)
 
 
@@ -67,4 +80,4 @@ def _patches(x: Tensor, k: int) -> Tensor:
     return patches
 
 
-__all__ = ["convolution", "convolution_weight_gradient"]
+__all__ = ["convolution", "convolution_gradient", "convolution_weight_gradient"]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dico_kernels._convolution import convolution as convolution
+from dico_kernels._convolution import convolution_gradient as convolution_gradient
 from dico_kernels._convolution import convolution_weight_gradient as convolution_weight_gradient
 from dico_kernels._extension import available as available
 from dico_kernels._extension import build as build

@@ -147,9 +147,15 @@ BUGS = {
     ),
     "neighbours transposed": (
         "convolution.h",
-        "down = n / a.k - half, right = n % a.k - half",
-        "down = n % a.k - half, right = n / a.k - half",
+        "i - half, right = Towards ? half - j : j - half;",
+        "j - half, right = Towards ? half - j : i - half;",
         "test_convolution.py::test_patches_are_those_of_unfold",
+    ),
+    "neighbours' gradient turned": (
+        "convolution.h",
+        "down = Towards ? half - i :",
+        "down = Towards ? i - half :",
+        "test_convolution.py::test_their_gradient_is_that_of_fold",
     ),
     "gradient's sub-pixels transposed": (
         "pixel_shuffle.h",

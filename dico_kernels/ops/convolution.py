@@ -5,12 +5,14 @@ Not among the public ops: elsewhere, and on GPUs, the library's convolution is t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dico_kernels.dtypes import accumulation_dtype
 from dico_kernels.ops import _checks as check
 from dico_kernels.ops._backends import multiplies_natively, note_optional, optional
 from dico_kernels.ops._library import autocasting, only_needed, register
@@ -43,14 +45,20 @@ def _check(x: Tensor, weight: Tensor) -> None:
     check.same_kind("weight", weight, x)
 
 
+def _own(entry: str, x: Tensor) -> Callable[..., Tensor] | None:
+    found = optional(entry, x)
+    if found is not None:
+        note_optional(entry, x, found)
+    return found
+
+
 def _forward(x: Tensor, weight: Tensor) -> Tensor:
     _check(x, weight)
     x, weight = check.channels_last(x), weight.contiguous()
     # Fewer than in backward: the library packs a weight faster than it unpacks a gradient.
-    if 0 < 4 * _pixels(x) <= weight.shape[0] and (own := optional("convolution", x)) and multiplies_natively(weight, x):
-        note_optional("convolution", x, own)
-        y: Tensor = own(x, weight)
-        return y
+    few = 0 < 4 * _pixels(x) <= weight.shape[0] and multiplies_natively(weight, x)
+    if few and (own := _own("convolution", x)) is not None:
+        return own(x, weight)
     return check.channels_last(F.conv2d(x, weight, padding=weight.shape[-1] // 2))
 
 
@@ -61,16 +69,16 @@ def _fake(x: Tensor, weight: Tensor) -> Tensor:
 
 def _backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     dy, x, weight = check.channels_last(dy), check.channels_last(x), weight.contiguous()
-    own = optional("convolution_weight_gradient", x)
-    if not (0 < _pixels(x) <= weight.shape[0] and multiplies_natively(weight, x)):
-        own = None
-    half, one = [weight.shape[-1] // 2] * 2, [1, 1]
-    dx, dweight, _ = torch.ops.aten.convolution_backward(
-        dy, x, weight, None, one, half, one, False, [0, 0], 1, [True, own is None, False]
-    )
-    if own is not None:
-        note_optional("convolution_weight_gradient", x, own)
-        dweight = own(dy, x, weight)
+    few = 0 < _pixels(x) <= weight.shape[0] and multiplies_natively(weight, x)
+    # Of 16-bit types ours would round what each tap adds to dx, and the library rounds their sum.
+    own_dx = _own("convolution_gradient", x) if few and x.dtype == accumulation_dtype(x.dtype) else None
+    own_dweight = _own("convolution_weight_gradient", x) if few else None
+    half, one, left = [weight.shape[-1] // 2] * 2, [1, 1], [own_dx is None, own_dweight is None, False]
+    dx, dweight, _ = torch.ops.aten.convolution_backward(dy, x, weight, None, one, half, one, False, [0, 0], 1, left)
+    if own_dx is not None:
+        dx = own_dx(dy, weight)
+    if own_dweight is not None:
+        dweight = own_dweight(dy, x, weight)
     return check.channels_last(dx), dweight.contiguous()
 
 

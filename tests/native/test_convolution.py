@@ -1,13 +1,13 @@
-"""Native dense convolution and its weight's gradient on every instruction set, against float64."""
+"""Native dense convolution and its gradients on every instruction set, against float64."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from support import rel_rms
 from torch.nn import functional as F
-from torch.nn.grad import conv2d_input
 
-from dico_kernels import _convolution, native
+from dico_kernels import _convolution, _extension, native
 
 # images, inputs, height, width, outputs, kernel: one pixel, odd everything, a kernel larger than the image, 1x1, and
 # the shape of a way up
@@ -22,17 +22,17 @@ def inputs(case, dtype, image):
 
 
 def evaluate(x, weight, dy):
-    return [native.convolution(x, weight), native.convolution_weight_gradient(dy, x, weight)]
+    dx, dweight = native.convolution_gradient(dy, weight), native.convolution_weight_gradient(dy, x, weight)
+    return [native.convolution(x, weight), dx, dweight]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_against_float64(isa, case, dtype, image, check):
     x, weight, dy = inputs(case, dtype, image)
-    y, dweight = evaluate(x, weight, dy)
-    assert y.dtype == dweight.dtype == dtype
-    assert y.is_contiguous(memory_format=torch.channels_last)
-    dx = conv2d_input(x.shape, weight.double(), dy.double(), padding=case[-1] // 2).to(dtype)  # not ours
-    check([y, dx, dweight], lambda *a: F.conv2d(*a, padding=case[-1] // 2), [x, weight], [dy])
+    results = evaluate(x, weight, dy)
+    assert all(v.dtype == dtype for v in results)
+    assert all(v.is_contiguous(memory_format=torch.channels_last) for v in results[:2])
+    check(results, lambda *a: F.conv2d(*a, padding=case[-1] // 2), [x, weight], [dy])
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -41,6 +41,15 @@ def test_patches_are_those_of_unfold(isa, case, dtype, image):
     x = image((n, c, h, w), dtype)
     expected = F.unfold(x.double(), k, padding=k // 2).transpose(1, 2).reshape(n, h, w, c * k * k)
     assert torch.equal(_convolution._patches(x, k).double(), expected)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_their_gradient_is_that_of_fold(isa, case, dtype, image):
+    n, c, h, w, _, k = case
+    dpatches, dx = torch.randn(n, h, w, c * k * k, dtype=torch.float64).to(dtype), image((n, c, h, w), dtype)
+    _extension.call("patches_backward", dx, dx, dpatches, n, h, w, c, k)
+    columns = dpatches.double().reshape(n, h * w, -1).transpose(1, 2)
+    assert rel_rms(dx, F.fold(columns, (h, w), k, padding=k // 2)) <= 2 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -57,6 +66,8 @@ def test_bad_arguments_are_named(image):
         r"weight has shape \(4, 4, 3, 3\)": lambda: native.convolution(x, weight[:, :4].contiguous()),
         "weight has .*contiguous": lambda: native.convolution(x, weight.to(memory_format=torch.channels_last)),
         "weight is torch.float64": lambda: native.convolution(x, weight.double()),
+        r"weight has shape \(2, 5": lambda: native.convolution_gradient(dy, weight[:2].contiguous()),
+        "dy has strides": lambda: native.convolution_gradient(dy.contiguous(), weight),
         "dy has shape": lambda: native.convolution_weight_gradient(dy[:1], x, weight),
         "dy is torch.float64": lambda: native.convolution_weight_gradient(dy.double(), x, weight),
     }.items():

@@ -39,6 +39,7 @@ struct Kernels {
     Kernel<ChannelSumArgs> channel_dots;
     Kernel<ChannelAffineArgs> channel_affine;
     Kernel<PatchesArgs> patches;
+    Kernel<PatchesArgs> patches_backward;
     // Bytes of scratch that depthwise or depthwise_backward wants, aligned to 64.
     int64_t (*depthwise_scratch)(Dtype, int64_t channels, int64_t width, int64_t k, bool backward, int threads);
     Kernel<DepthwiseArgs> depthwise;

@@ -328,7 +328,7 @@ struct PointwiseArgs : Image {
 
 // x is (images, height, width, channels); patches (images, height, width, channels * k * k), k odd.
 struct PatchesArgs {
-    const void* x;
+    void* x;
     void* patches;
     int64_t images, height, width;
     int64_t channels;
