@@ -235,14 +235,14 @@ BUGS |= {
         ),
         "a dense convolution's gradient of a turned kernel": (
             "convolution.py",
-            "check.channels_last(dx), dweight.contiguous()",
-            "check.channels_last(dx), dweight.flip(2, 3)",
+            "dweight.reshape(-1).view(weight.shape)",
+            "dweight.flip(2, 3)",
             "tests/ops/test_convolution.py -k gradients_and_what_runs",
         ),
         "a dense convolution with more pixels than weights": (
             "convolution.py",
-            "few = 0 < 4 * _pixels(x) <= weight.shape[0] and",
-            "few = 0 < _pixels(x) and",
+            "return 0 < 4 * _pixels(x) <= weight.shape[0]",
+            "return 0 < _pixels(x)",
             "tests/ops/test_convolution.py -k gradients_and_what_runs",
         ),
         "the residual past the block dropped": (

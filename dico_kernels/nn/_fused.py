@@ -40,7 +40,7 @@ def hooked(module: nn.Module) -> str | None:
         return "has forward hooks"
     if module._backward_hooks or module._backward_pre_hooks:
         return "has backward hooks"
-    if "forward" in module.__dict__:
+    if "forward" in module.__dict__ or "_conv_forward" in module.__dict__:
         return "has a forward of its own on the instance"
     return None
 

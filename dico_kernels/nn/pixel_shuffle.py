@@ -117,7 +117,7 @@ def joined(up: nn.Module, reduce: nn.Conv2d, x: Tensor, skip: Tensor) -> Tensor:
 
 def _convolved(conv: nn.Module, x: Tensor) -> Tensor:
     """conv(x), as an op where that is the faster way."""
-    if _separate(conv) and not torch.compiler.is_compiling() and pays(x, conv.weight):
+    if not torch.compiler.is_compiling() and _separate(conv) and pays(x, conv.weight):
         return convolution(x, conv.weight)
     y: Tensor = conv(x)
     return y

@@ -68,9 +68,9 @@ def register(
     torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIB)
     torch.library.register_vmap(qualified, _refuse_vmap(name), lib=_LIB)
     for device, key in _AUTOCAST_KEYS.items():
-        _LIB.impl(name, _autocast(op, device, key, autocast), key)
+        _LIB.impl(name, _refuse_none(arguments, _autocast(op, device, key, autocast)), key)
     # In the kernel, too: torch.func.jvp strips tangents before the kernel, a caller of torch.ops skips this one.
-    checked = _refuse_forward_mode(name, op)
+    checked = _refuse_none(arguments, _refuse_forward_mode(name, op))
     differentiable = _differentiable(name, kernel, setup_context, backward)
     takes = tuple(_TAKES[str(argument.real_type)] for argument in arguments)
 

@@ -23,11 +23,20 @@ def pays(x: Tensor, weight: Tensor) -> bool:
 
     weight: (K, C, k, k); what has groups, or lies in other memory than such weights usually do, is the library's.
     """
-    if optional("convolution", x) is None or x.ndim != 4 or weight.shape[1] != x.shape[1] or not weight.is_contiguous():
+    if x.ndim != 4 or not 0 < _pixels(x) <= weight.shape[0] or weight.shape[1] != x.shape[1]:
         return False
-    if x.dtype != weight.dtype and not autocasting(x):
+    gradients, lowered = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad), autocasting(x)
+    if not gradients and (lowered or not _is_for_few(x, weight)):
+        return False  # within autocast PyTorch keeps a cast weight for the next call
+    if not weight.is_contiguous() or (x.dtype != weight.dtype and not lowered):
         return False
-    return 0 < _pixels(x) <= weight.shape[0]
+    dtype = torch.get_autocast_dtype(x.device.type) if lowered and x.dtype != torch.float64 else x.dtype
+    return multiplies_natively(weight if weight.dtype == dtype else weight.new_empty(0, dtype=dtype), x)
+
+
+def _is_for_few(x: Tensor, weight: Tensor) -> bool:
+    """Whether forward is faster: of fewer than backward, as the library packs a weight faster than it unpacks dW."""
+    return 0 < 4 * _pixels(x) <= weight.shape[0]
 
 
 def _pixels(x: Tensor) -> int:
@@ -55,11 +64,9 @@ def _own(entry: str, x: Tensor) -> Callable[..., Tensor] | None:
 def _forward(x: Tensor, weight: Tensor) -> Tensor:
     _check(x, weight)
     x, weight = check.channels_last(x), weight.contiguous()
-    # Fewer than in backward: the library packs a weight faster than it unpacks a gradient.
-    few = 0 < 4 * _pixels(x) <= weight.shape[0] and multiplies_natively(weight, x)
-    if few and (own := _own("convolution", x)) is not None:
+    if _is_for_few(x, weight) and multiplies_natively(weight, x) and (own := _own("convolution", x)) is not None:
         return own(x, weight)
-    return check.channels_last(F.conv2d(x, weight, padding=weight.shape[-1] // 2))
+    return _image(F.conv2d(x, weight, padding=weight.shape[-1] // 2))
 
 
 def _fake(x: Tensor, weight: Tensor) -> Tensor:
@@ -67,27 +74,43 @@ def _fake(x: Tensor, weight: Tensor) -> Tensor:
     return check.empty_image(x, weight.shape[0])
 
 
-def _backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _image(t: Tensor) -> Tensor:
+    """In channels_last memory, with the strides that such an image has where dimensions of 1 leave them open, too."""
+    n, c, h, w = t.shape
+    return check.channels_last(t).as_strided((n, c, h, w), (h * w * c, 1, w * c, c))
+
+
+def _backward(dy: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool) -> tuple[Tensor, Tensor]:
+    _check(x, weight)
+    check.like_image("dy", dy, _fake(x, weight))
     dy, x, weight = check.channels_last(dy), check.channels_last(x), weight.contiguous()
     few = 0 < _pixels(x) <= weight.shape[0] and multiplies_natively(weight, x)
     # Of 16-bit types ours would round what each tap adds to dx, and the library rounds their sum.
-    own_dx = _own("convolution_gradient", x) if few and x.dtype == accumulation_dtype(x.dtype) else None
-    own_dweight = _own("convolution_weight_gradient", x) if few else None
-    half, one, left = [weight.shape[-1] // 2] * 2, [1, 1], [own_dx is None, own_dweight is None, False]
+    own_dx = _own("convolution_gradient", x) if of_x and few and x.dtype == accumulation_dtype(x.dtype) else None
+    own_dweight = _own("convolution_weight_gradient", x) if of_weight and few else None
+    half, one = [weight.shape[-1] // 2] * 2, [1, 1]
+    left = [of_x and own_dx is None, of_weight and own_dweight is None, False]
     dx, dweight, _ = torch.ops.aten.convolution_backward(dy, x, weight, None, one, half, one, False, [0, 0], 1, left)
     if own_dx is not None:
         dx = own_dx(dy, weight)
     if own_dweight is not None:
         dweight = own_dweight(dy, x, weight)
-    return check.channels_last(dx), dweight.contiguous()
+    # Anew from its elements: dimensions of 1 leave strides open here, too.
+    dweight = dweight.reshape(-1).view(weight.shape) if of_weight else x.new_empty(0)
+    return _image(dx) if of_x else x.new_empty(0), dweight
 
 
-def _backward_fake(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    return check.empty_image(x), weight.new_empty(tuple(weight.shape))
+def _backward_fake(dy: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool) -> tuple[Tensor, Tensor]:
+    _check(x, weight)
+    check.like_image("dy", dy, _fake(x, weight))
+    dweight = weight.new_empty(tuple(weight.shape) if of_weight else (0,))
+    return check.empty_image(x) if of_x else x.new_empty(0), dweight
 
 
 _BACKWARD = register(
-    "convolution_backward(Tensor dy, Tensor x, Tensor weight) -> (Tensor, Tensor)", _backward, _backward_fake
+    "convolution_backward(Tensor dy, Tensor x, Tensor weight, bool of_x, bool of_weight) -> (Tensor, Tensor)",
+    _backward,
+    _backward_fake,
 )
 
 
@@ -96,7 +119,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    return only_needed(ctx, _BACKWARD(dy, *ctx.saved_tensors))
+    return only_needed(ctx, _BACKWARD(dy, *ctx.saved_tensors, *ctx.needs_input_grad))
 
 
 _CONVOLUTION = register(

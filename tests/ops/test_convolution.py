@@ -57,7 +57,7 @@ def test_opcheck(shape, dtype, layout):
         dy = torch.randn(2, shape[-1], *shape[:2], dtype=dtype)
         torch.library.opcheck(
             torch.ops.dico_kernels.convolution_backward.default,
-            (dy, x.detach(), weight.detach()),
+            (dy, x.detach(), weight.detach(), True, True),
             test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
         )
 
@@ -75,7 +75,9 @@ def test_bad_arguments_are_named():
 
 
 @pytest.mark.parametrize("amp", [False, True])
-@pytest.mark.parametrize("change", [None, "hook", "bias", "groups", "strided weight", "dilated", "compiled", "packed"])
+@pytest.mark.parametrize(
+    "change", [None, "hook", "patched", "bias", "groups", "strided weight", "dilated", "compiled", "packed"]
+)
 def test_the_way_up_of_a_model(change, amp):
     """The same output and gradients as of the layers by themselves; whatever is not a plain layer is called."""
     torch.manual_seed(0)
@@ -83,6 +85,9 @@ def test_the_way_up_of_a_model(change, amp):
     conv = up.up.body[0]
     if change == "hook":
         conv.register_forward_hook(lambda module, args, out: 2 * out)
+    elif change == "patched":  # as who wants seamless tiles does
+        plain_forward = conv._conv_forward
+        conv._conv_forward = lambda x, weight, bias: 2 * plain_forward(x, weight, bias)
     elif change in ("bias", "groups", "dilated"):
         options = {"bias": {"bias": True}, "groups": {"groups": 4}, "dilated": {"dilation": 2, "padding": 2}}[change]
         up.up.body[0] = conv = torch.nn.Conv2d(32, 64, 3, **{"padding": 1, "bias": False, **options})
@@ -97,20 +102,59 @@ def test_the_way_up_of_a_model(change, amp):
         seen = []
         with recording(lambda choice: seen.append(choice.entry)), torch.no_grad():
             assert rel_rms(call(x, skip), up.reduce(torch.cat([up.up(x), skip], 1))) < (1e-2 if amp else 1e-6)
-        y = call(x, skip)
+        later = []
+        with recording(lambda choice: later.append(choice.entry)):
+            y = call(x, skip)
         plain = up.reduce(torch.cat([up.up(x), skip], 1))
-    assert ("convolution" in seen) == (change is None)
+    assert ("convolution" in seen) == (change is None and not amp)
+    assert ("convolution" in later) == (change is None)
     for ours, exact in zip(gradients(y, *parameters), gradients(plain, *parameters), strict=True):
         assert rel_rms(ours, exact) < (1e-2 if amp else 1e-5)
 
 
 def test_pays_where_pixels_are_few():
-    weight = torch.empty(64, 32, 3, 3)
-    assert pays(torch.empty(1, 32, 8, 8), weight)
-    for x in (torch.empty(1, 32, 8, 9), torch.empty(0, 32, 8, 8), torch.empty(32, 8, 8), torch.empty(1, 8, 8, 8)):
-        assert not pays(x, weight)
-    assert not pays(torch.empty(1, 32, 8, 8, dtype=torch.bfloat16), weight)
-    assert not pays(torch.empty(1, 32, 8, 8, device="meta"), weight)
+    weight = torch.empty(256, 32, 3, 3)
+    with dk.backend("auto", products="fused"):
+        for x in (torch.empty(1, 32, 8, 8), torch.empty(4, 32, 8, 8, requires_grad=True)):
+            assert pays(x, weight)
+            with torch.autocast("cpu"):
+                assert pays(x, weight) == x.requires_grad  # PyTorch keeps cast weights from call to call
+        for x in (
+            *(torch.empty(4, 32, 8, 8), torch.empty(4, 32, 8, 9, requires_grad=True), torch.empty(0, 32, 8, 8)),
+            *(torch.empty(32, 8, 8), torch.empty(1, 8, 8, 8), torch.empty(1, 32, 8, 8, dtype=torch.bfloat16)),
+            torch.empty(1, 32, 8, 8, device="meta"),
+        ):
+            assert not pays(x, weight)
+    for name, products in (("auto", "library"), ("reference", "fused")):
+        with dk.backend(name, products=products):
+            assert not pays(torch.empty(1, 32, 8, 8), weight)
+    assert not pays(torch.empty(1, 32, 8, 8).double(), weight.double())
+
+
+@pytest.mark.parametrize("shape", [BOTH, NEITHER], ids=["native", "library"])
+def test_gradients_nobody_asked_for_are_not_computed(shape):
+    x, weight = given(shape)
+    entries = ["convolution_gradient", "convolution_weight_gradient"]
+    for frozen, left, entry in ((x, weight, entries[1]), (weight, x, entries[0])):
+        frozen.requires_grad_(False)
+        seen = []
+        with dk.backend("auto", products="fused"), recording(seen.append):
+            (found,) = gradients(convolution(x, weight), left)
+        assert rel_rms(found, gradients(F.conv2d(x, weight, padding=1), left)[0]) < 1e-14
+        assert [choice.entry for choice in seen[1:]] == ([entry] if shape == BOTH else [])
+        frozen.requires_grad_()
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 60), (1, 1, 1), (4, 3, 1), (3, 4, 60)], ids=str)
+def test_strides_where_dimensions_of_one_leave_them_open(shape):
+    h, w, outputs = shape
+    x, weight = torch.randn(2, 1, h, w, requires_grad=True), torch.randn(outputs, 1, 3, 3, requires_grad=True)
+    for products in ("library", "fused"):
+        with dk.backend("auto", products=products):
+            torch.library.opcheck(torch.ops.dico_kernels.convolution.default, (x, weight))
+            given = torch.randn(2, outputs, h, w), x.detach(), weight.detach(), True, True
+            tests = ("test_schema", "test_faketensor")
+            torch.library.opcheck(torch.ops.dico_kernels.convolution_backward.default, given, test_utils=tests)
 
 
 def test_no_images():

@@ -105,6 +105,13 @@ def test_none_is_refused_where_a_tensor_is_needed(case, gradients, fake):
                 case.op(*given)
 
 
+def test_none_is_refused_under_autocast(case):
+    arguments = [None, *good(case.name)[1:]]
+    for given in (arguments, [None] * len(arguments)):
+        with torch.autocast("cpu"), pytest.raises(TypeError, match=f"^{IMAGE[case.name]} is None: expected a tensor$"):
+            case.op(*given)
+
+
 @pytest.mark.parametrize("name", ["adaln_modulate", "gated_residual_adaln", "depthwise_adaln", "grn"])
 @pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize("eps", [None, torch.float32, "1e-6"], ids=str)
