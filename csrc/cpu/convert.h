@@ -217,3 +217,12 @@ DICO_INLINE void by_dtype(Dtype dtype, Body body) {
         case Dtype::float16: return body(Element<fp16>{});
     }
 }
+// With the Element of an unsigned integer of its size: for what moves elements and does not compute with them.
+template <class Body>
+DICO_INLINE void by_size(Dtype dtype, Body body) {
+    switch (dtype) {
+        case Dtype::float64: return body(Element<uint64_t>{});
+        case Dtype::float32: return body(Element<uint32_t>{});
+        default: return body(Element<uint16_t>{});
+    }
+}

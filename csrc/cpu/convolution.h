@@ -68,11 +68,7 @@ static void patches_backward_typed(const PatchesArgs& a, int threads) {
 }
 
 static void patches(Dtype dtype, const PatchesArgs& a, int threads) {
-    switch (dtype) {
-        case Dtype::float64: return patches_typed<uint64_t>(a, threads);
-        case Dtype::float32: return patches_typed<uint32_t>(a, threads);
-        default: return patches_typed<uint16_t>(a, threads);
-    }
+    by_size(dtype, [&](auto tag) { patches_typed<typename decltype(tag)::type>(a, threads); });
 }
 static void patches_backward(Dtype dtype, const PatchesArgs& a, int threads) {
     by_dtype(dtype, [&](auto tag) { patches_backward_typed<typename decltype(tag)::type>(a, threads); });

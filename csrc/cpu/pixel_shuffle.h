@@ -61,16 +61,8 @@ static void shuffle_scatter_typed(const PixelShuffleArgs& a, int threads) {
 }
 
 static void shuffle_gather(Dtype dtype, const PixelShuffleArgs& a, int threads) {
-    switch (dtype) {
-        case Dtype::float64: return shuffle_gather_typed<uint64_t>(a, threads);
-        case Dtype::float32: return shuffle_gather_typed<uint32_t>(a, threads);
-        default: return shuffle_gather_typed<uint16_t>(a, threads);
-    }
+    by_size(dtype, [&](auto tag) { shuffle_gather_typed<typename decltype(tag)::type>(a, threads); });
 }
 static void shuffle_scatter(Dtype dtype, const PixelShuffleArgs& a, int threads) {
-    switch (dtype) {
-        case Dtype::float64: return shuffle_scatter_typed<uint64_t>(a, threads);
-        case Dtype::float32: return shuffle_scatter_typed<uint32_t>(a, threads);
-        default: return shuffle_scatter_typed<uint16_t>(a, threads);
-    }
+    by_size(dtype, [&](auto tag) { shuffle_scatter_typed<typename decltype(tag)::type>(a, threads); });
 }

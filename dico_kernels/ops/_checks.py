@@ -68,10 +68,15 @@ def depthwise(name: str, w: Tensor, channels: int, x: Tensor) -> None:
     square = w.ndim == 4 and w.shape[2] == w.shape[3]
     if not square or w.shape[0] != channels or w.shape[1] != 1:
         raise ValueError(f"{name} has shape {tuple(w.shape)}: expected ({channels}, 1, k, k)")
-    k = w.shape[2]
+    kernel_size(name, w)
+    same_kind(name, w, x)
+
+
+def kernel_size(name: str, w: Tensor) -> None:
+    """A square kernel of an odd size that is not too large."""
+    k = w.shape[-1]
     if k % 2 == 0 or k > MAX_KERNEL:
         raise ValueError(f"{name} has a {k}x{k} kernel: expected an odd size, 1 to {MAX_KERNEL}")
-    same_kind(name, w, x)
 
 
 def positive(name: str, value: float) -> None:

@@ -23,10 +23,10 @@ def pays(x: Tensor, weight: Tensor) -> bool:
 
     weight: (K, C, k, k); what has groups, or lies in other memory than such weights usually do, is the library's.
     """
-    if x.ndim != 4 or not 0 < _pixels(x) <= weight.shape[0] or weight.shape[1] != x.shape[1]:
+    if x.ndim != 4 or not _are_few(x, weight, backward=True) or weight.shape[1] != x.shape[1]:
         return False
     gradients, lowered = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad), autocasting(x)
-    if not gradients and (lowered or not _is_for_few(x, weight)):
+    if not gradients and (lowered or not _are_few(x, weight)):
         return False  # within autocast PyTorch keeps a cast weight for the next call
     if not weight.is_contiguous() or (x.dtype != weight.dtype and not lowered):
         return False
@@ -34,14 +34,10 @@ def pays(x: Tensor, weight: Tensor) -> bool:
     return multiplies_natively(weight if weight.dtype == dtype else weight.new_empty(0, dtype=dtype), x)
 
 
-def _is_for_few(x: Tensor, weight: Tensor) -> bool:
-    """Whether forward is faster: of fewer than backward, as the library packs a weight faster than it unpacks dW."""
-    return 0 < 4 * _pixels(x) <= weight.shape[0]
-
-
-def _pixels(x: Tensor) -> int:
+def _are_few(x: Tensor, weight: Tensor, backward: bool = False) -> bool:
+    """Whether x's pixels are: fewer forward than backward, as the library packs a weight faster than it unpacks dW."""
     n, _, h, w = x.shape
-    return n * h * w
+    return 0 < n * h * w * (1 if backward else 4) <= weight.shape[0]
 
 
 def _check(x: Tensor, weight: Tensor) -> None:
@@ -49,8 +45,7 @@ def _check(x: Tensor, weight: Tensor) -> None:
     k = weight.shape[-1] if weight.ndim else 0
     if tuple(weight.shape[1:]) != (x.shape[1], k, k) or not weight.numel():
         raise ValueError(f"weight has shape {tuple(weight.shape)}: expected (K, {x.shape[1]}, k, k)")
-    if k % 2 == 0 or k > check.MAX_KERNEL:
-        raise ValueError(f"weight has a {k}x{k} kernel: expected an odd size, 1 to {check.MAX_KERNEL}")
+    check.kernel_size("weight", weight)
     check.same_kind("weight", weight, x)
 
 
@@ -64,7 +59,7 @@ def _own(entry: str, x: Tensor) -> Callable[..., Tensor] | None:
 def _forward(x: Tensor, weight: Tensor) -> Tensor:
     _check(x, weight)
     x, weight = check.channels_last(x), weight.contiguous()
-    if _is_for_few(x, weight) and multiplies_natively(weight, x) and (own := _own("convolution", x)) is not None:
+    if _are_few(x, weight) and multiplies_natively(weight, x) and (own := _own("convolution", x)) is not None:
         return own(x, weight)
     return _image(F.conv2d(x, weight, padding=weight.shape[-1] // 2))
 
@@ -81,10 +76,9 @@ def _image(t: Tensor) -> Tensor:
 
 
 def _backward(dy: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool) -> tuple[Tensor, Tensor]:
-    _check(x, weight)
     check.like_image("dy", dy, _fake(x, weight))
     dy, x, weight = check.channels_last(dy), check.channels_last(x), weight.contiguous()
-    few = 0 < _pixels(x) <= weight.shape[0] and multiplies_natively(weight, x)
+    few = _are_few(x, weight, backward=True) and multiplies_natively(weight, x)
     # Of 16-bit types ours would round what each tap adds to dx, and the library rounds their sum.
     own_dx = _own("convolution_gradient", x) if of_x and few and x.dtype == accumulation_dtype(x.dtype) else None
     own_dweight = _own("convolution_weight_gradient", x) if of_weight and few else None
@@ -101,7 +95,6 @@ def _backward(dy: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool
 
 
 def _backward_fake(dy: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool) -> tuple[Tensor, Tensor]:
-    _check(x, weight)
     check.like_image("dy", dy, _fake(x, weight))
     dweight = weight.new_empty(tuple(weight.shape) if of_weight else (0,))
     return check.empty_image(x) if of_x else x.new_empty(0), dweight
