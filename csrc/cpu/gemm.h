@@ -216,7 +216,7 @@ static __attribute__((noinline)) void multiply_tile(const E* a, int64_t stride, 
             for (int j = 0; j < V; ++j) column[j] = vload(panel + j * kLine);
 #pragma GCC unroll 6
             for (int i = 0; i < R; ++i) {
-                const vec_t<E> all = vec_t<E>{} + *at(i, k);
+                const vec_t<E> all = *at(i, k) - vec_t<E>{};
 #pragma GCC unroll 4
                 for (int j = 0; j < V; ++j) sum[i][j] += all * column[j];
             }
