@@ -82,9 +82,17 @@ template <class T>
 constexpr bool kStripFits = kStrip % kTileRows == 0 && kStrip % kLanes<T> == 0;
 static_assert(kStripFits<double> && kStripFits<float>);
 
-// Pixels that one chain of additions runs over, a pair of them at a time: digits get lost with its length.
+// Pixels that one chain of additions runs over, a pair of them at a time: digits get lost with its length. And
+// tiles of a strip that are formed by turns, a segment each: where few vectors a pixel are multiplied, the
+// first-level cache has to hold a segment's panel and what is read of a strip, or the second-level cache is the
+// bound.
+#if defined(__AVX512F__)
+constexpr int64_t kChain = 256, kTurns = 1;
+#else
+constexpr int64_t kChain = 128, kTurns = kStrip / kTileRows;
+#endif
 template <class T>
-constexpr int64_t kSegment = 256 * kPair<T>;
+constexpr int64_t kSegment = kChain * kPair<T>;
 
 // How the work of weight_gradient is divided, by shape alone, and where its scratch has what; in bytes.
 template <class T>
@@ -231,39 +239,51 @@ static void weight_gradient_typed(const WeightGradientArgs& a, int threads) {
             const int64_t first = plan.tiles * block / plan.blocks * kTileRows;
             const int64_t last = plan.tiles * (block + 1) / plan.blocks * kTileRows;
             const int64_t end = last < a.outputs ? last : a.outputs;
-            for (int64_t k = first; k < end; k += kTileRows) {
-                const int64_t count = end - k < kTileRows ? end - k : kTileRows;
-                // Each row of W and dW may be a page of its own: while the tile is formed they are fetched.
-                const auto fetch = [&](auto* rows, auto to_write) {
-                    constexpr int64_t kLine = 64 / sizeof(*rows);
-                    for (int64_t r = 0; r < count; ++r)
+            for (int64_t k = first, rows; k < end; k += rows) {
+                rows = kTurns * kTileRows;
+                if (rows > kStrip - k % kStrip) rows = kStrip - k % kStrip;
+                if (rows > end - k) rows = end - k;
+                const auto each_tile = [&](auto body) {
+                    for (int64_t t = 0; t * kTileRows < rows; ++t)
+                        body(t, k + t * kTileRows,
+                             rows - t * kTileRows < kTileRows ? rows - t * kTileRows : kTileRows);
+                };
+                // Each row of W and dW may be a page of its own: while the tiles are formed they are fetched.
+                const auto fetch = [&](auto* of, auto to_write) {
+                    constexpr int64_t kLine = 64 / sizeof(*of);
+                    for (int64_t r = 0; r < rows; ++r)
                         for (int64_t c = 0; c < width; c += kLine)
-                            __builtin_prefetch(rows + (k + r) * a.inputs + c0 + c, decltype(to_write)::value);
+                            __builtin_prefetch(of + (k + r) * a.inputs + c0 + c, decltype(to_write)::value);
                 };
                 if constexpr (Gated) fetch(weight, Count<0>{});
                 if (begun || !ends || !narrow) fetch(dweight, Count<1>{});
                 if (ends && narrow) fetch(finished, Count<1>{});
-                V gradient[kTileRows * kTileVectors] = {};
+                V gradient[kTurns][kTileRows * kTileVectors] = {};
                 for (int64_t n = 0; n < samples; ++n) {
-                    V own[kTileRows * kTileVectors] = {};
-                    V* const products = Gated ? own : gradient;
+                    V own[kTurns][kTileRows * kTileVectors] = {};
                     for (int64_t i = 0; i < run; ++i) {
-                        const E* const dy = strip_at(n * run + i, k / kStrip) + k % kStrip * kPair<T>;
+                        const E* const dy = strip_at(n * run + i, k / kStrip);
                         const E* const x = panel_at(n * run + i, panel);
-                        by_count<kTileRows>(count, [&](auto r) {
-                            by_count<kTileVectors>(vectors, [&](auto v) {
-                                multiply_tile<decltype(r)::value, decltype(v)::value, true>(
-                                    dy, kStrip * kPair<T>, x, depth_of<T>(pixels_of(s0 + i)), products);
+                        each_tile([&](int64_t t, int64_t row, int64_t count) {
+                            by_count<kTileRows>(count, [&](auto r) {
+                                by_count<kTileVectors>(vectors, [&](auto v) {
+                                    multiply_tile<decltype(r)::value, decltype(v)::value, true>(
+                                        dy + row % kStrip * kPair<T>, kStrip * kPair<T>, x,
+                                        depth_of<T>(pixels_of(s0 + i)), Gated ? own[t] : gradient[t]);
+                                });
                             });
                         });
                     }
-                    if constexpr (Gated) use(own, n0 + n, part, panel, block, k, count, k == first, gradient);
+                    if constexpr (Gated)
+                        each_tile([&](int64_t t, int64_t row, int64_t count) {
+                            use(own[t], n0 + n, part, panel, block, row, count, row == first, gradient[t]);
+                        });
                 }
-                for (int64_t r = 0; r < count; ++r) {
+                for (int64_t r = 0; r < rows; ++r) {
                     const A by = shift ? static_cast<const A*>(a.gated)[k + r] : A{};
                     each_vector<T>(width, [&](int64_t c, auto lanes) {
                         const int64_t at = (k + r) * a.inputs + c0 + c;
-                        V sum = gradient[r * vectors + c / L];
+                        V sum = gradient[r / kTileRows][r % kTileRows * vectors + c / L];
                         if (begun) sum += vload(dweight + at, lanes);
                         if (ends && shift) sum += vload(shift + c0 + c, lanes) * by;
                         if (ends && narrow)
