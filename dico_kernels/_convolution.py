@@ -1,7 +1,8 @@
 """Dense convolutions as native products over gathered patches: csrc/cpu/convolution.h and gemm.h, on tensors.
 
 For few pixels and many weights, as where the U-shaped models are deepest. There the library takes longer to bring the
-weight and its gradient into the layouts of its kernels than to multiply; here the weight is the matrix as it lies.
+weight and its gradient into the layouts of its kernels than to multiply; here the weight is the matrix as it lies. And
+for dtypes that the library has only slow loops for. The patches exist for some images at a time.
 """
 
 from __future__ import annotations
@@ -10,18 +11,23 @@ import torch
 from torch import Tensor
 
 from dico_kernels._extension import call
-from dico_kernels._gemm import pointwise
+from dico_kernels._gemm import pack, pointwise
 from dico_kernels._linear import rows
 from dico_kernels._memory import dense, image, kind
 from dico_kernels._weight_gradients import weight_gradient
+from dico_kernels.dtypes import accumulation_dtype
+
+# Bytes of the patches of a chunk of images.
+_CHUNK_BYTES = 1 << 26
 
 
-def convolution(x: Tensor, weight: Tensor) -> Tensor:
-    """Convolution with zeros around, stride 1: what F.conv2d(x, weight, padding=k // 2) is.
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Convolution with zeros around, stride 1: what F.conv2d(x, weight, bias, padding=k // 2) is.
 
     Args:
         x: (N, C, H, W), channels_last.
         weight: (K, C, k, k), contiguous, k odd, of x's dtype.
+        bias: (K,) or None.
 
     Returns:
         (N, K, H, W), channels_last.
@@ -29,21 +35,31 @@ def convolution(x: Tensor, weight: Tensor) -> Tensor:
     Raises:
         ValueError: a wrong shape, layout, dtype or device, naming the argument.
     """
-    matrix = _matrix(weight, x, 1)
-    return pointwise(_patches(x, weight.shape[2]).permute(0, 3, 1, 2), matrix).y
+    matrix, k = _matrix(weight, x, 1), weight.shape[2]
+    found, kept = [], pack(matrix)
+    for part in _chunks(x, weight):
+        found.append(pointwise(_patches(x[part], k).permute(0, 3, 1, 2), matrix, bias, kept=kept).y)
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def convolution_gradient(dy: Tensor, weight: Tensor) -> Tensor:
     """The gradient of convolution's x, channels_last; dy is (N, K, H, W), channels_last.
 
-    Of a 16-bit dtype what each tap adds is rounded before it is added up.
+    Of a 16-bit dtype it is formed in float32, and rounded once.
     """
-    matrix = _matrix(weight, dy, 0)
+    _matrix(weight, dy, 0)
+    dtype = accumulation_dtype(dy.dtype)
+    matrix = weight.reshape(weight.shape[0], -1).to(dtype).t()
     n, _, h, w = dy.shape
     c, k = weight.shape[1], weight.shape[2]
-    dpatches = pointwise(dy, matrix.t(), frozen=False).y
     dx = torch.empty((n, c, h, w), dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
-    call("patches_backward", dy, dx, dpatches, n, h, w, c, k)
+    kept = pack(matrix)
+    for part in _chunks(dx, weight):
+        dpatches = pointwise(dy[part].to(dtype), matrix, kept=kept).y
+        own = dx[part] if dx.dtype == dtype else torch.empty_like(dx[part], dtype=dtype)
+        call("patches_backward", own, own, dpatches, own.shape[0], h, w, c, k)
+        if own.dtype != dx.dtype:
+            dx[part] = own
     return dx
 
 
@@ -56,8 +72,13 @@ def convolution_weight_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor
     if tuple(dy.shape) != (n, outputs, h, w):
         raise ValueError(f"dy has shape {tuple(dy.shape)}: expected {(n, outputs, h, w)}")
     kind("dy", dy, x.dtype, x.device)
-    patches = _patches(x, k).reshape(1, -1, matrix.shape[1])
-    return weight_gradient(rows(dy)[None], patches)[0].reshape(weight.shape)
+    parts, dweight = _chunks(x, weight), None
+    for part in parts:
+        patches = _patches(x[part], k).reshape(1, -1, matrix.shape[1])
+        own = weight_gradient(rows(dy[part])[None], patches, wide=len(parts) > 1)[0]
+        dweight = own if dweight is None else dweight.add_(own)
+    assert dweight is not None
+    return dweight.to(x.dtype).reshape(weight.shape)
 
 
 def _matrix(weight: Tensor, like: Tensor, dim: int) -> Tensor:
@@ -70,6 +91,14 @@ def _matrix(weight: Tensor, like: Tensor, dim: int) -> Tensor:
     shape[dim] = like.shape[1]
     dense("weight", weight, tuple(shape), like.dtype, like.device)
     return weight.reshape(weight.shape[0], -1)
+
+
+def _chunks(x: Tensor, weight: Tensor) -> list[slice]:
+    """Images whose patches, of x or the gradient of x, exist at a time."""
+    n, c, h, w = x.shape
+    image_bytes = h * w * c * weight.shape[2] ** 2 * accumulation_dtype(x.dtype).itemsize
+    step = max(1, _CHUNK_BYTES // max(1, image_bytes))
+    return [slice(first, first + step) for first in range(0, max(1, n), step)]
 
 
 def _patches(x: Tensor, k: int) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dico_kernels._extension import WATCH, available, call, extension
+from dico_kernels._linear import loops
 from dico_kernels._memory import DTYPES, dense, image, kind, reduced, shuffled, vector, wide_stream
 from dico_kernels._packed import packed
 from dico_kernels.dtypes import accumulation_dtype
@@ -69,11 +70,16 @@ def _block_rows(images: int, rows: int, inputs: int, size: int) -> int:
 
 
 @functools.cache
+def _amx() -> bool:
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())  # older versions do not say
+
+
 def _multiplies(dtype: torch.dtype, isa: str) -> bool:
-    if dtype == torch.float32:
-        return isa in ("v4bf16", "v4")
-    matrix_units = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)  # the library's products use them
-    return dtype == torch.bfloat16 and isa == "v4bf16" and not matrix_units()
+    if isa == "base":  # no multiply-add, or one that nobody has timed
+        return False
+    if dtype == torch.float32 or loops(dtype):
+        return True
+    return dtype == torch.bfloat16 and isa == "v4bf16" and not _amx()  # whose units the library's products use
 
 
 def multiplies(weight: Tensor) -> bool:

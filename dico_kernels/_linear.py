@@ -47,6 +47,23 @@ def onednn_multiplies(x: Tensor) -> bool:
     return bool(x.is_cpu and torch.backends.mkldnn.enabled and _onednn(x.dtype))
 
 
+def _float16() -> bool:
+    """Whether this torch's oneDNN multiplies matrices of float16: with AVX-512's arithmetic of it, and with AMX's."""
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    except (AttributeError, RuntimeError):
+        return False
+
+
+@functools.cache
+def loops(dtype: torch.dtype) -> bool:
+    """Whether PyTorch multiplies and convolves in a 16-bit dtype on this CPU without oneDNN, by loops of its own.
+
+    They convert elements on the way: with AVX2 a tenth of float32's rate.
+    """
+    return (dtype == torch.bfloat16 and not _onednn(dtype)) or (dtype == torch.float16 and not _float16())
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias; x (M, C) rows, weight (K, C) in any strides or packed, bias (K,)."""
     if onednn_multiplies(x):

@@ -6,8 +6,18 @@ import torch
 from torch import Tensor
 
 from dico_kernels._extension import call, extension
+from dico_kernels._linear import loops
 from dico_kernels._memory import DTYPES, dense, reduced, vector
 from dico_kernels.dtypes import accumulation_dtype
+
+
+def has_faster_weight_gradient(dtype: torch.dtype) -> bool:
+    """Whether weight_gradient takes less time than the library's product on a CPU where native multiplies.
+
+    With AVX-512 the library's takes 0.90 to 1.21 of its time in float32 (median 1.04), but 0.81 to 1.08 in bfloat16
+    (0.96) where it has products of that.
+    """
+    return dtype == torch.float32 or loops(dtype)
 
 
 def weight_gradient(

@@ -33,6 +33,7 @@ from dico_kernels._vectors import channel_attention as channel_attention
 from dico_kernels._vectors import channel_attention_backward as channel_attention_backward
 from dico_kernels._vectors import conditioning as conditioning
 from dico_kernels._weight_gradients import gated_products as gated_products
+from dico_kernels._weight_gradients import has_faster_weight_gradient as has_faster_weight_gradient
 from dico_kernels._weight_gradients import weight_gradient as weight_gradient
 from dico_kernels.dtypes import accumulation_dtype
 
@@ -458,7 +459,7 @@ def pixel_shuffle_skip_backward(
         sizes = (part.stop - part.start, small.shape[1], small.shape[2] // 4, large.shape[2])
         given = dy_rows[pixels]
         call("shuffle_gather", up, small[part], large[part], cat, *sizes)
-        if own and up.dtype == torch.float32:  # as ops.pointwise.weight_gradient
+        if own and has_faster_weight_gradient(up.dtype):
             products = weight_gradient(given[None], cat[None])[0]
         else:
             products = torch.mm(given.t(), cat)

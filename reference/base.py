@@ -135,6 +135,16 @@ class Denoiser(nn.Module):
 class UShaped(Denoiser):
     """Base of DiCo and FCDM: what they do the same way between their levels."""
 
+    def convolve(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """A 3x3 convolution outside of the blocks."""
+        y: Tensor = layer(x)
+        return y
+
+    def down(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """Go down one level, by what ``downsample`` makes."""
+        y: Tensor = layer(x)
+        return y
+
     def join(self, up: nn.Module, reduce: nn.Module, x: Tensor, skip: Tensor) -> Tensor:
         """Go up one level: the 1x1 convolution ``reduce`` of cat[up(x), skip].
 

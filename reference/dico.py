@@ -165,10 +165,10 @@ class DiCo(UShaped):
         x = self.x_embedder(x)
         for block in self.encoder_level_1:
             x = block(x, c1)
-        skip1, x = x, self.down1_2(x)
+        skip1, x = x, self.down(self.down1_2, x)
         for block in self.encoder_level_2:
             x = block(x, c2)
-        skip2, x = x, self.down2_3(x)
+        skip2, x = x, self.down(self.down2_3, x)
         for block in self.latent:
             x = block(x, c3)
         x = self.join(self.up3_2, self.reduce_chan_level2, x, skip2)

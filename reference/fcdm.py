@@ -152,13 +152,13 @@ class FCDM(UShaped):
         c2 = self.t_embedder_2(t) + self.y_embedder_2(y)
         c3 = self.t_embedder_3(t) + self.y_embedder_3(y)
 
-        x = self.x_embedder(x)
+        x = self.convolve(self.x_embedder, x)
         for block in self.encoder_level_1:
             x = block(x, c1)
-        skip1, x = x, self.down1_2(x)
+        skip1, x = x, self.down(self.down1_2, x)
         for block in self.encoder_level_2:
             x = block(x, c2)
-        skip2, x = x, self.down2_3(x)
+        skip2, x = x, self.down(self.down2_3, x)
         for block in self.latent:
             x = block(x, c3)
         x = self.join(self.up3_2, self.reduce_chans_2, x, skip2)
@@ -167,4 +167,4 @@ class FCDM(UShaped):
         x = self.join(self.up2_1, self.reduce_chans_1, x, skip1)
         for block in self.decoder_level_1:
             x = block(x, c1)
-        return self.final_layer(self.output_layer(x), c1)
+        return self.final_layer(self.convolve(self.output_layer, x), c1)

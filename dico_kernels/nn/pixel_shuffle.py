@@ -86,6 +86,18 @@ class FusedUShape(Fused):
         with conditioned(m for m in self._modules.values() if isinstance(m, nn.ModuleList)):
             return super().forward(x, t, y)
 
+    def convolve(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """See reference.base.UShaped."""
+        return _convolved(layer, x)
+
+    def down(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """See reference.base.UShaped."""
+        pair = _pair(layer)
+        if pair is None or type(pair[1]) is not nn.PixelUnshuffle:
+            return super().down(layer, x)  # type: ignore[misc]
+        y: Tensor = pair[1](_convolved(pair[0], x))
+        return y
+
     def join(self, up: nn.Module, reduce: nn.Module, x: Tensor, skip: Tensor) -> Tensor:
         """See reference.base.UShaped."""
         if separable(up, reduce):
@@ -95,15 +107,21 @@ class FusedUShape(Fused):
 
 def separable(up: nn.Module, reduce: nn.Module) -> bool:
     """Whether up's shuffle and the 1x1 may be run as one, without calling them: both as built, and nobody listens."""
-    pair = up[0] if type(up) is nn.Sequential and len(up) == 1 else None
-    if type(pair) is not nn.Sequential or len(pair) != 2:
-        return False
-    if type(reduce) is not nn.Conv2d or settings(reduce) != plain_convolution(1):
+    pair = _pair(up)
+    if pair is None or type(reduce) is not nn.Conv2d or settings(reduce) != plain_convolution(1):
         return False
     shuffle = pair[1]
     if type(shuffle) is not nn.PixelShuffle or shuffle.upscale_factor != 2:
         return False
-    return not any(hooked(m) or unreadable(m) for m in (up, pair, shuffle, reduce))
+    return not any(hooked(m) or unreadable(m) for m in (shuffle, reduce))
+
+
+def _pair(module: nn.Module) -> nn.Sequential | None:
+    """A convolution and the shuffle behind it, as reference.base's up- and downsample hold them; None if not so."""
+    pair = module[0] if type(module) is nn.Sequential and len(module) == 1 else None
+    if type(pair) is not nn.Sequential or len(pair) != 2:
+        return None
+    return None if any(hooked(m) or unreadable(m) for m in (module, pair)) else pair
 
 
 def joined(up: nn.Module, reduce: nn.Conv2d, x: Tensor, skip: Tensor) -> Tensor:
@@ -118,14 +136,14 @@ def joined(up: nn.Module, reduce: nn.Conv2d, x: Tensor, skip: Tensor) -> Tensor:
 def _convolved(conv: nn.Module, x: Tensor) -> Tensor:
     """conv(x), as an op where that is the faster way."""
     if not torch.compiler.is_compiling() and _separate(conv) and pays(x, conv.weight):
-        return convolution(x, conv.weight)
+        return convolution(x, conv.weight, conv.bias)
     y: Tensor = conv(x)
     return y
 
 
 def _separate(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
     """Whether all that a convolution does may be done without calling it."""
-    if type(conv) is not nn.Conv2d or conv.bias is not None or hooked(conv) or unreadable(conv):
+    if type(conv) is not nn.Conv2d or hooked(conv) or unreadable(conv):
         return False
     return settings(conv) == plain_convolution(3)
 

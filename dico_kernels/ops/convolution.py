@@ -1,6 +1,7 @@
 """Dense convolution of few pixels with many weights, as where a U-shaped model goes up from its lowest level.
 
-Not among the public ops: elsewhere, and on GPUs, the library's convolution is the faster one, and is what runs.
+And of any number in 16-bit dtypes on a CPU whose library has no convolution of them but slow loops. Not among the
+public ops: elsewhere, and on GPUs, the library's convolution is the faster one, and is what runs.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dico_kernels._linear import loops
 from dico_kernels.dtypes import accumulation_dtype
 from dico_kernels.ops import _checks as check
 from dico_kernels.ops._backends import multiplies_natively, note_optional, optional
@@ -19,18 +21,21 @@ from dico_kernels.ops._library import autocasting, only_needed, register
 
 
 def pays(x: Tensor, weight: Tensor) -> bool:
-    """Whether the op is there for a convolution of x without bias, and it or its gradient is faster than the library's.
+    """Whether the op is there for a convolution of x, and it or its gradient is faster than the library's.
 
     weight: (K, C, k, k); what has groups, or lies in other memory than such weights usually do, is the library's.
     """
-    if x.ndim != 4 or not _are_few(x, weight, backward=True) or weight.shape[1] != x.shape[1]:
+    if x.ndim != 4 or not x.numel() or weight.shape[1] != x.shape[1]:
         return False
     gradients, lowered = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad), autocasting(x)
-    if not gradients and (lowered or not _are_few(x, weight)):
-        return False  # within autocast PyTorch keeps a cast weight for the next call
     if not weight.is_contiguous() or (x.dtype != weight.dtype and not lowered):
         return False
     dtype = torch.get_autocast_dtype(x.device.type) if lowered and x.dtype != torch.float64 else x.dtype
+    if not x.is_cpu or not loops(dtype):
+        if not _are_few(x, weight, gradients):
+            return False
+        if not gradients and lowered:
+            return False  # PyTorch keeps a cast weight for the next call
     return multiplies_natively(weight if weight.dtype == dtype else weight.new_empty(0, dtype=dtype), x)
 
 
@@ -40,13 +45,21 @@ def _are_few(x: Tensor, weight: Tensor, backward: bool = False) -> bool:
     return 0 < n * h * w * (1 if backward else 4) <= weight.shape[0]
 
 
-def _check(x: Tensor, weight: Tensor) -> None:
+def _is_own(x: Tensor, weight: Tensor, backward: bool = False) -> bool:
+    """Whether native's is the one to convolve, or to form the gradients."""
+    if not x.numel() or not (loops(x.dtype) or _are_few(x, weight, backward)):
+        return False
+    return multiplies_natively(weight, x)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
     check.image("x", x)
     k = weight.shape[-1] if weight.ndim else 0
     if tuple(weight.shape[1:]) != (x.shape[1], k, k) or not weight.numel():
         raise ValueError(f"weight has shape {tuple(weight.shape)}: expected (K, {x.shape[1]}, k, k)")
     check.kernel_size("weight", weight)
     check.same_kind("weight", weight, x)
+    check.vector("bias", bias, weight.shape[0], x)
 
 
 def _own(entry: str, x: Tensor) -> Callable[..., Tensor] | None:
@@ -56,16 +69,16 @@ def _own(entry: str, x: Tensor) -> Callable[..., Tensor] | None:
     return found
 
 
-def _forward(x: Tensor, weight: Tensor) -> Tensor:
-    _check(x, weight)
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    _check(x, weight, bias)
     x, weight = check.channels_last(x), weight.contiguous()
-    if _are_few(x, weight) and multiplies_natively(weight, x) and (own := _own("convolution", x)) is not None:
-        return own(x, weight)
-    return _image(F.conv2d(x, weight, padding=weight.shape[-1] // 2))
+    if _is_own(x, weight) and (own := _own("convolution", x)) is not None:
+        return own(x, weight, check.dense(bias))
+    return _image(F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2))
 
 
-def _fake(x: Tensor, weight: Tensor) -> Tensor:
-    _check(x, weight)
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    _check(x, weight, bias)
     return check.empty_image(x, weight.shape[0])
 
 
@@ -78,10 +91,11 @@ def _image(t: Tensor) -> Tensor:
 def _backward(dy: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool) -> tuple[Tensor, Tensor]:
     check.like_image("dy", dy, _fake(x, weight))
     dy, x, weight = check.channels_last(dy), check.channels_last(x), weight.contiguous()
-    few = _are_few(x, weight, backward=True) and multiplies_natively(weight, x)
-    # Of 16-bit types ours would round what each tap adds to dx, and the library rounds their sum.
-    own_dx = _own("convolution_gradient", x) if of_x and few and x.dtype == accumulation_dtype(x.dtype) else None
-    own_dweight = _own("convolution_weight_gradient", x) if of_weight and few else None
+    ours = _is_own(x, weight, backward=True)
+    # Of a 16-bit dtype ours is formed in float32, or each tap's would be rounded: no match for a product of that dtype.
+    fast = x.dtype == accumulation_dtype(x.dtype) or loops(x.dtype)
+    own_dx = _own("convolution_gradient", x) if of_x and ours and fast else None
+    own_dweight = _own("convolution_weight_gradient", x) if of_weight and ours else None
     half, one = [weight.shape[-1] // 2] * 2, [1, 1]
     left = [of_x and own_dx is None, of_weight and own_dweight is None, False]
     dx, dweight, _ = torch.ops.aten.convolution_backward(dy, x, weight, None, one, half, one, False, [0, 0], 1, left)
@@ -108,15 +122,17 @@ _BACKWARD = register(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+    ctx.save_for_backward(*inputs[:2])
 
 
 def _gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    return only_needed(ctx, _BACKWARD(dy, *ctx.saved_tensors, *ctx.needs_input_grad))
+    of_x, of_weight, of_bias = ctx.needs_input_grad
+    found = _BACKWARD(dy, *ctx.saved_tensors, of_x, of_weight) if of_x or of_weight else (None, None)
+    return only_needed(ctx, (*found, dy.sum((0, 2, 3)) if of_bias else None))
 
 
 _CONVOLUTION = register(
-    "convolution(Tensor x, Tensor weight) -> Tensor",
+    "convolution(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     _forward,
     _fake,
     setup_context=_setup,
@@ -125,12 +141,13 @@ _CONVOLUTION = register(
 )
 
 
-def convolution(x: Tensor, weight: Tensor) -> Tensor:
-    """Convolution with zeros around and stride 1: F.conv2d(x, weight, padding=k // 2).
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Convolution with zeros around and stride 1: F.conv2d(x, weight, bias, padding=k // 2).
 
     Args:
         x: (N, C, H, W), float32, float64, bfloat16 or float16.
         weight: (K, C, k, k), k odd, of x's dtype and device.
+        bias: (K,), as weight, or None.
 
     Returns:
         (N, K, H, W), channels_last. Differentiable once.
@@ -138,7 +155,7 @@ def convolution(x: Tensor, weight: Tensor) -> Tensor:
     Raises:
         ValueError: a wrong shape, dtype or device, naming the argument.
     """
-    y: Tensor = _CONVOLUTION(x, weight)
+    y: Tensor = _CONVOLUTION(x, weight, bias)
     return y
 
 

@@ -8,6 +8,7 @@ from support import rel_rms
 from torch.nn import functional as F
 
 from dico_kernels import _convolution, _extension, native
+from dico_kernels.dtypes import accumulation_dtype
 
 # images, inputs, height, width, outputs, kernel: one pixel, odd everything, a kernel larger than the image, 1x1, and
 # the shape of a way up
@@ -21,9 +22,9 @@ def inputs(case, dtype, image):
     return image((n, c, h, w), dtype), weight.to(dtype), image((n, outputs, h, w), dtype)
 
 
-def evaluate(x, weight, dy):
+def evaluate(x, weight, dy, bias=None):
     dx, dweight = native.convolution_gradient(dy, weight), native.convolution_weight_gradient(dy, x, weight)
-    return [native.convolution(x, weight), dx, dweight]
+    return [native.convolution(x, weight, bias), dx, dweight]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -33,6 +34,13 @@ def test_against_float64(isa, case, dtype, image, check):
     assert all(v.dtype == dtype for v in results)
     assert all(v.is_contiguous(memory_format=torch.channels_last) for v in results[:2])
     check(results, lambda *a: F.conv2d(*a, padding=case[-1] // 2), [x, weight], [dy])
+
+
+def test_a_bias_is_added(isa, dtype, image, check):
+    x, weight, dy = inputs((2, 5, 3, 7, 4, 3), dtype, image)
+    bias = torch.randn(4, dtype=torch.float64).to(dtype)
+    results = [*evaluate(x, weight, dy, bias), dy.double().sum((0, 2, 3)).to(dtype)]
+    check(results, lambda *a: F.conv2d(*a, padding=1), [x, weight, bias], [dy])
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -58,6 +66,26 @@ def test_same_bits_on_any_number_of_threads(isa, dtype, image, same_bits):
     same_bits(lambda: evaluate(x, weight, dy))
 
 
+def test_a_few_images_at_a_time(isa, dtype, image, monkeypatch):
+    x, weight, dy = inputs((5, 3, 4, 3, 7, 3), dtype, image)
+    whole = evaluate(x, weight, dy)
+    monkeypatch.setattr(_convolution, "_CHUNK_BYTES", 2 * 4 * 3 * 27 * accumulation_dtype(dtype).itemsize)
+    assert len(_convolution._chunks(x, weight)) == 3
+    for all_at_once, found in zip(whole, evaluate(x, weight, dy), strict=True):
+        assert found.dtype == dtype
+        assert found.stride() == all_at_once.stride()
+        assert rel_rms(found, all_at_once.double()) <= 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_gradient_of_x_is_rounded_once(isa, dtype, image):
+    x, weight, dy = inputs((2, 24, 6, 5, 40, 3), dtype, image)
+    exact = torch.nn.grad.conv2d_input(x.shape, weight.double(), dy.double(), padding=1)
+    found = native.convolution_gradient(dy, weight)
+    # As the exact one is, but where the float32 before it lay at the boundary of two.
+    assert (found != exact.to(dtype)).double().mean() < 0.01
+
+
 def test_bad_arguments_are_named(image):
     x, weight, dy = inputs((2, 5, 3, 7, 4, 3), torch.float32, image)
     for named, call in {
@@ -73,5 +101,5 @@ def test_bad_arguments_are_named(image):
     }.items():
         with pytest.raises(ValueError, match=named):
             call()
-    with pytest.raises(RuntimeError, match="patches: the native kernel runs on cpu only"):
+    with pytest.raises(RuntimeError, match="the native kernel runs on cpu only"):
         native.convolution(x.to("meta"), weight.to("meta"))

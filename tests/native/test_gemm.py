@@ -225,18 +225,35 @@ def test_bad_arguments_are_named(arguments, options, named):
         native.pointwise(*arguments, **options)
 
 
-@pytest.mark.parametrize(("isa", "amx", "multiplied"), [
-    ("v4bf16", False, {torch.float32, torch.bfloat16}),
-    ("v4bf16", True, {torch.float32}),
-    ("v4", False, {torch.float32}),
-    ("base", False, set()),
+HALVES = {torch.bfloat16, torch.float16}
+
+
+@pytest.mark.parametrize(("isa", "amx", "looped", "multiplied"), [
+    ("v4bf16", False, {torch.float16}, {torch.float32, *HALVES}),
+    ("v4bf16", True, {torch.float16}, {torch.float32, torch.float16}),
+    ("v4bf16", True, set(), {torch.float32}),
+    ("v4", False, set(), {torch.float32}),
+    ("v3", False, HALVES, {torch.float32, *HALVES}),
+    ("base", False, HALVES, set()),
 ])  # fmt: skip
-def test_where_it_is_as_fast_as_the_library(isa, amx, multiplied, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
-    _gemm._multiplies.cache_clear()
+def test_where_it_is_as_fast_as_the_library(isa, amx, looped, multiplied, monkeypatch):
+    monkeypatch.setattr(_gemm, "_amx", lambda: amx)
+    monkeypatch.setattr(_gemm, "loops", lambda dtype: dtype in looped)
     dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
     assert {d for d in dtypes if _gemm._multiplies(d, isa)} == multiplied
-    _gemm._multiplies.cache_clear()
+
+
+def test_which_dtypes_the_library_multiplies_by_loops():
+    """What it says agrees with what oneDNN does: it refuses what it has no product of."""
+    assert not _linear.loops(torch.float32)
+    assert not _linear.loops(torch.float64)
+    for dtype in HALVES:
+        one = torch.ones(1, 1, dtype=dtype)
+        try:
+            multiplied = float(torch.ops.mkldnn._linear_pointwise(one, one, None, "none", [], "")) == 1
+        except RuntimeError:
+            multiplied = False
+        assert _linear.loops(dtype) is not multiplied
 
 
 @pytest.mark.parametrize("behind", BEHIND)

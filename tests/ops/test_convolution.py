@@ -1,6 +1,8 @@
-"""The convolution on the way up as an op: what runs, its gradients, and that nobody notices in a model."""
+"""Dense convolutions as an op: what runs, their gradients, and that nobody notices in a model."""
 
 from __future__ import annotations
+
+import copy
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from support import rel_rms
 from torch.nn import functional as F
 
 import dico_kernels as dk
+from dico_kernels._linear import loops
 from dico_kernels.ops._backends import recording
 from dico_kernels.ops.convolution import convolution, pays
 
@@ -15,10 +18,11 @@ from dico_kernels.ops.convolution import convolution, pays
 BOTH, BACKWARD, NEITHER = (2, 3, 52), (3, 4, 40), (4, 5, 39)
 
 
-def given(shape, dtype=torch.float64, k=3):
+def given(shape, dtype=torch.float64, k=3, bias=False):
     h, w, outputs = shape
     x = torch.randn(2, 12, h, w, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    return x.requires_grad_(), (torch.randn(outputs, 12, k, k, dtype=dtype) / 10).requires_grad_()
+    vectors = [torch.randn(outputs, dtype=dtype).requires_grad_()] if bias else []
+    return x.requires_grad_(), (torch.randn(outputs, 12, k, k, dtype=dtype) / 10).requires_grad_(), *vectors
 
 
 def gradients(y, *inputs):
@@ -26,34 +30,34 @@ def gradients(y, *inputs):
 
 
 @pytest.mark.parametrize("shape", [BOTH, BACKWARD, NEITHER], ids=["both", "backward", "neither"])
-@pytest.mark.parametrize("k", [3, 5])
+@pytest.mark.parametrize(("k", "bias"), [(3, False), (5, True)])
 @pytest.mark.parametrize("name", ["native", "reference"])
-def test_gradients_and_what_runs(name, k, shape):
-    x, weight = given(shape, k=k)
+def test_gradients_and_what_runs(name, k, bias, shape):
+    inputs = given(shape, k=k, bias=bias)
     with dk.backend(name, products="fused"):
         seen = []
         with recording(lambda choice: seen.append(choice.entry)):
-            gradients(convolution(x, weight), x, weight)
-        results = convolution(x, weight), *gradients(convolution(x, weight), x, weight)
-    y = F.conv2d(x, weight, padding=k // 2)
-    for ours, exact in zip(results, (y, *gradients(y, x, weight)), strict=True):
+            gradients(convolution(*inputs), *inputs)
+        results = convolution(*inputs), *gradients(convolution(*inputs), *inputs)
+    y = F.conv2d(*inputs, padding=k // 2)
+    for ours, exact in zip(results, (y, *gradients(y, *inputs)), strict=True):
         assert rel_rms(ours, exact) < 1e-14
     backward = ["convolution_gradient", "convolution_weight_gradient"]
     expected = {BOTH: ["convolution", *backward], BACKWARD: backward}
     assert seen == (expected.get(shape, []) if name == "native" else [])
     with dk.backend(name, products="fused"):
-        assert torch.autograd.gradcheck(convolution, (x, weight))
+        assert torch.autograd.gradcheck(convolution, inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [BOTH, BACKWARD, NEITHER], ids=["both", "backward", "neither"])
 @pytest.mark.parametrize("layout", ["channels_last", "nchw"])
 def test_opcheck(shape, dtype, layout):
-    x, weight = given(shape, dtype)
+    x, weight, bias = given(shape, dtype, bias=True)
     if layout == "nchw":
         x = x.detach().contiguous().requires_grad_()
     with dk.backend("auto", products="fused"):
-        torch.library.opcheck(torch.ops.dico_kernels.convolution.default, (x, weight))
+        torch.library.opcheck(torch.ops.dico_kernels.convolution.default, (x, weight, bias))
         dy = torch.randn(2, shape[-1], *shape[:2], dtype=dtype)
         torch.library.opcheck(
             torch.ops.dico_kernels.convolution_backward.default,
@@ -69,6 +73,8 @@ def test_bad_arguments_are_named():
         ((x, weight[:, :5]), r"weight has shape \(52, 5, 3, 3\): expected \(K, 12, k, k\)"),
         ((x, weight[..., :2, :2]), "weight has a 2x2 kernel: expected an odd size"),
         ((x, weight.float()), "weight has dtype torch.float32"),
+        ((x, weight, torch.zeros(51)), r"bias has shape \(51,\): expected \(52,\)"),
+        ((x, weight, torch.zeros(52)), "bias has dtype torch.float32"),
     ]:
         with pytest.raises(ValueError, match=named):
             convolution(*arguments)
@@ -106,10 +112,47 @@ def test_the_way_up_of_a_model(change, amp):
         with recording(lambda choice: later.append(choice.entry)):
             y = call(x, skip)
         plain = up.reduce(torch.cat([up.up(x), skip], 1))
-    assert ("convolution" in seen) == (change is None and not amp)
-    assert ("convolution" in later) == (change is None)
+    bypassed = change in (None, "bias")
+    # Without gradients and where the library has products of the lower dtype, what PyTorch keeps of weights is used.
+    assert ("convolution" in seen) == (bypassed and (not amp or loops(torch.bfloat16)))
+    assert ("convolution" in later) == bypassed
     for ours, exact in zip(gradients(y, *parameters), gradients(plain, *parameters), strict=True):
         assert rel_rms(ours, exact) < (1e-2 if amp else 1e-5)
+
+
+DOWN = ("fused", "hook on the pair", "another kernel", "another shuffle", "compiled")
+
+
+@pytest.mark.parametrize("change", DOWN)
+@pytest.mark.parametrize("name", ["DiCo-S", "FCDM-S"])
+def test_the_way_down_of_a_model(name, change, monkeypatch):
+    """In a dtype that the library multiplies by loops, or as if it did, all plain convolutions of a size are ours."""
+    monkeypatch.setattr("dico_kernels.ops.convolution.loops", lambda dtype: dtype == torch.float32)
+    model = dk.create_model(name, hidden_size=8, depth=(0,) * 5, num_classes=3).eval()
+    torch.manual_seed(0)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    pair = model.down1_2[0]
+    if change == "hook on the pair":
+        pair.register_forward_hook(lambda module, args, out: 2 * out)
+    elif change == "another kernel":
+        pair[0] = torch.nn.Conv2d(8, 4, 5, padding=2, bias=False)
+    elif change == "another shuffle":
+        pair[1] = torch.nn.Sequential(pair[1], torch.nn.Tanh())
+    inputs = torch.randn(2, 4, 8, 12), torch.tensor([3, 5]), torch.tensor([0, 2])
+    plain = dk.unfuse(copy.deepcopy(model))
+    call = torch.compile(model, backend="aot_eager") if change == "compiled" else model
+    seen = []
+    with dk.backend("auto", products="fused"), recording(lambda choice: seen.append(choice.entry)):
+        y = call(*inputs)
+    exact = plain(*inputs)
+    assert rel_rms(y, exact) < 1e-6
+    weights, same = ([p for p in m.parameters() if p.ndim == 4] for m in (model, plain))
+    for ours, theirs in zip(gradients(y, *weights), gradients(exact, *same), strict=True):
+        assert rel_rms(ours, theirs) < 1e-5
+    # Two ways up and two down; of FCDM its first one and the last but for the final layer's.
+    everywhere = 4 if name == "DiCo-S" else 6
+    assert seen.count("convolution") == {"fused": everywhere, "compiled": 0}.get(change, everywhere - 1)
 
 
 def test_pays_where_pixels_are_few():
@@ -118,7 +161,8 @@ def test_pays_where_pixels_are_few():
         for x in (torch.empty(1, 32, 8, 8), torch.empty(4, 32, 8, 8, requires_grad=True)):
             assert pays(x, weight)
             with torch.autocast("cpu"):
-                assert pays(x, weight) == x.requires_grad  # PyTorch keeps cast weights from call to call
+                # PyTorch keeps cast weights from call to call.
+                assert pays(x, weight) == (x.requires_grad or loops(torch.bfloat16))
         for x in (
             *(torch.empty(4, 32, 8, 8), torch.empty(4, 32, 8, 9, requires_grad=True), torch.empty(0, 32, 8, 8)),
             *(torch.empty(32, 8, 8), torch.empty(1, 8, 8, 8), torch.empty(1, 32, 8, 8, dtype=torch.bfloat16)),
@@ -151,7 +195,7 @@ def test_strides_where_dimensions_of_one_leave_them_open(shape):
     x, weight = torch.randn(2, 1, h, w, requires_grad=True), torch.randn(outputs, 1, 3, 3, requires_grad=True)
     for products in ("library", "fused"):
         with dk.backend("auto", products=products):
-            torch.library.opcheck(torch.ops.dico_kernels.convolution.default, (x, weight))
+            torch.library.opcheck(torch.ops.dico_kernels.convolution.default, (x, weight, None))
             given = torch.randn(2, outputs, h, w), x.detach(), weight.detach(), True, True
             tests = ("test_schema", "test_faketensor")
             torch.library.opcheck(torch.ops.dico_kernels.convolution_backward.default, given, test_utils=tests)
