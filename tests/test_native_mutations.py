@@ -93,8 +93,14 @@ BUGS = {
     ),
     "the first tile of a strip taken for each": (
         "weight_gradient.h",
-        "strip_at(n * run + i, k / kStrip) + k % kStrip * kPair<T>;",
-        "strip_at(n * run + i, k / kStrip);",
+        "dy + row % kStrip * kPair<T>, kStrip",
+        "dy, kStrip",
+        "test_weight_gradient.py::test_gated",
+    ),
+    "the sums of a column begun anew with each tile": (
+        "weight_gradient.h",
+        "row, count, row == first,",
+        "row, count, true,",
         "test_weight_gradient.py::test_gated",
     ),
     "a wide gradient written as a narrow one": (
