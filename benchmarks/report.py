@@ -241,10 +241,15 @@ def _used(columns: list[Column], rows: list[Row]) -> list[Column]:
 # ---- text ----
 
 
+# What native kernels run on, as its makers call it: processors of one name differ in it.
+_ISAS = {"v4bf16": ", AVX-512 with bfloat16", "v4": ", AVX-512", "v3": ", AVX2"}
+
+
 def provenance(result: Result) -> str:
     """One line: device, versions, date, commit."""
     machine = result["machine"]
-    cores = f", {machine['threads']} threads" if machine["kind"] == "cpu" else ""
+    isa = _ISAS.get((machine["build"]["native"] or {}).get("isa", ""), "")
+    cores = f"{isa}, {machine['threads']} threads" if machine["kind"] == "cpu" else ""
     return (
         f"{machine['device']}{cores}; torch {machine['build']['torch']}, dico_kernels {machine['build']['version']} "
         f"({machine['commit'] or 'no commit'}); {result['created'][:10]}, preset {result['preset']}"

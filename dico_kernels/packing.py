@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dico_kernels import _gemm
 from dico_kernels._linear import linear
-from dico_kernels._packed import ONEDNN, forget, keep, packed
+from dico_kernels._packed import ONEDNN, forget, keep, packed, packed_for
 from dico_kernels.nn import _state
 from dico_kernels.nn._fused import Fused
 from dico_kernels.nn.pixel_shuffle import SkipUpsample, separable
@@ -38,10 +38,13 @@ class PackedConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, K, H', W')."""
         plain = x.ndim == 4 and self.padding_mode == "zeros" and not isinstance(self.padding, str)
-        kept = packed(self.weight) if plain and _usable(x, self.weight) else None
+        how = (self.padding, self.stride, self.dilation, self.groups)
+        kept = None
+        if plain and _usable(x, self.weight):
+            reorder = torch.ops.mkldnn._reorder_convolution_weight
+            kept = packed_for(x.shape, self.weight, lambda w: reorder(w, *how, list(x.shape)))
         if kept is None:
             return super().forward(x)
-        how = (self.padding, self.stride, self.dilation, self.groups)
         y: Tensor = torch.ops.mkldnn._convolution_pointwise(x, kept, self.bias, *how, "none", [], "")
         return y
 
@@ -85,9 +88,7 @@ def _pack_layer(layer: nn.Module) -> bool:
     elif isinstance(layer, nn.Conv2d) and type(layer) in (nn.Conv2d, PackedConv2d):
         if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
             return False
-        how = (layer.padding, layer.stride, layer.dilation, layer.groups)
-        done = keep(layer.weight, lambda w: torch.ops.mkldnn._reorder_convolution_weight(w, *how))
-        form = PackedConv2d
+        done, form = keep(layer.weight, lambda w: w), PackedConv2d  # packed when the size of its input is known
     else:
         return False
     if done:
@@ -119,11 +120,11 @@ def _pack_all(module: nn.Module, seen: set[int]) -> Iterator[bool]:
 def pack(model: Model) -> Model:
     """Keep the weights of fused 1x1 convolutions, other convolutions and linear layers packed for CPU inference too.
 
-    Costs the memory of these weights once more. Forward passes without gradients use the packed weights; gradients,
-    optimisers, ``state_dict`` and copies of the model see the originals, which stay as they are. A weight that was
-    changed or moved since is used unpacked, until packed anew; so is one that an optimizer with ``fused=True`` stepped.
-    What PyTorch does not count as a change, writing through ``.data`` or from outside PyTorch, needs another call of
-    pack.
+    Costs the memory of these weights once more, of other than 1x1 convolutions for each of the last two sizes of their
+    input, as oneDNN packs them by it. Forward passes without gradients use the packed weights; gradients, optimisers,
+    ``state_dict`` and copies of the model see the originals, which stay as they are. A weight that was changed or moved
+    since is used unpacked, until packed anew; so is one that an optimizer with ``fused=True`` stepped. What PyTorch
+    does not count as a change, writing through ``.data`` or from outside PyTorch, needs another call of pack.
 
     Layers that are exactly nn.Conv2d or nn.Linear become PackedConv2d or PackedLinear, in place, until unpack. Call
     fuse before pack.

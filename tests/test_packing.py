@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from support import rel_rms
+from support import rel_rms, run_python
 from test_fuse import hard
 from torch import nn
 from torch.autograd import forward_ad
@@ -34,8 +34,14 @@ def used(monkeypatch):
         found.append(kept is not None)
         return kept
 
+    def spy_for(*args):
+        kept = _packed.packed_for(*args)
+        found.append(kept is not None)
+        return kept
+
     for user in (pointwise, native, packing, _gemm):
         monkeypatch.setattr(user, "packed", spy)
+    monkeypatch.setattr(packing, "packed_for", spy_for)
 
     def run(call):
         found.clear()
@@ -67,9 +73,50 @@ def test_same_results(name, dtype, used):
             layers -= sum(len(m) for m in model.children() if isinstance(m, nn.ModuleList) and len(m) > 1)
         assert layers > 10
         assert (up > 0) == isinstance(model, FusedUShape)
-        layers -= up  # unpacked, an op of its own multiplied
         assert (packed, left) == (products + layers, 0)
         assert rel_rms(again, plain) <= (1e-6 if dtype == torch.float32 else 4e-3)
+
+
+REORDERS = """
+import torch, dico_kernels as dk
+x = torch.randn(1, {inputs}, {side}, {side}).contiguous(memory_format=torch.channels_last)
+conv = dk.pack(torch.nn.Conv2d({inputs}, {outputs}, 3, padding=1))
+with torch.no_grad():
+    conv(x)
+    print("again", flush=True)
+    conv(x)
+"""
+
+
+# Where AVX2's layout for these sizes is another than for a size that is not known.
+@pytest.mark.parametrize(("inputs", "outputs", "side"), [(256, 512, 16), (128, 64, 32)])
+def test_a_convolution_is_packed_for_the_size_of_its_input(inputs, outputs, side, tmp_path):
+    script = REORDERS.format(inputs=inputs, outputs=outputs, side=side)
+    done = run_python("-c", script, cwd=tmp_path, ONEDNN_VERBOSE="1")
+    assert done.returncode == 0, done.stderr
+    before, after = done.stdout.split("again")
+    weight = f"{outputs}x{inputs}x3x3"
+    assert [line for line in before.splitlines() if ",reorder," in line and weight in line]
+    assert not [line for line in after.splitlines() if ",reorder," in line and weight in line]
+    assert ",convolution," in after
+
+
+def test_the_last_two_sizes_of_input_are_kept(used):
+    conv = nn.Conv2d(5, 7, 3, padding=1)
+    plain = copy.deepcopy(conv)
+    dk.pack(conv)
+    with torch.no_grad():
+        for n in (1, 2, 3, 1):
+            for context in (torch.no_grad, torch.inference_mode):
+                x = torch.randn(n, 5, 4, 6)
+                with context():
+                    y, packed, _ = used(lambda x=x: conv(x))
+                assert packed == 1
+                assert rel_rms(y, plain(x)) <= 1e-6
+        assert [size[0] for size in _packed._PACKED[conv.weight].by_size] == [3, 1]
+        conv.weight.mul_(2)
+        assert used(lambda: conv(x))[1] == 0
+    assert rel_rms(conv(x) - conv.bias.view(-1, 1, 1), 2 * (plain(x) - plain.bias.view(-1, 1, 1))) <= 1e-6
 
 
 def test_gradients_and_copies_see_the_originals(used):
