@@ -11,6 +11,7 @@ import functools
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 def rows(x: Tensor) -> Tensor:
@@ -36,8 +37,9 @@ def _onednn(dtype: torch.dtype) -> bool:
     if dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     try:
-        one = torch.ones(1, 1, dtype=dtype, device="cpu")  # whatever the default device is
-        return float(torch.ops.mkldnn._linear_pointwise(one, one, None, "none", [], "")) == 1
+        with _disable_current_modes():  # the answer is kept: fake tensors have none
+            one = torch.ones(1, 1, dtype=dtype, device="cpu")  # whatever the default device is
+            return float(torch.ops.mkldnn._linear_pointwise(one, one, None, "none", [], "")) == 1
     except (AttributeError, RuntimeError):
         return False
 

@@ -130,8 +130,8 @@ def pack(model: Model) -> Model:
     fuse before pack.
 
     Args:
-        model: any module, best a fused one; float32 or bfloat16. On other devices than the CPU there is nothing to
-            pack.
+        model: any module, best a fused one; float32 or bfloat16, or float16 where native products multiply it. On
+            other devices than the CPU there is nothing to pack.
 
     Returns:
         The model itself.

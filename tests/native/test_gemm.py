@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support import rel_rms
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from dico_kernels import _gemm, _linear, _packed, native
@@ -241,6 +242,14 @@ def test_where_it_is_as_fast_as_the_library(isa, amx, looped, multiplied, monkey
     monkeypatch.setattr(_gemm, "loops", lambda dtype: dtype in looped)
     dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
     assert {d for d in dtypes if _gemm._multiplies(d, isa)} == multiplied
+
+
+def test_what_the_library_multiplies_may_be_asked_among_fake_tensors():
+    for dtype in (torch.float32, torch.bfloat16):
+        expected = _linear._onednn(dtype)
+        _linear._onednn.cache_clear()
+        with FakeTensorMode():
+            assert _linear._onednn(dtype) is expected
 
 
 def test_which_dtypes_the_library_multiplies_by_loops():
