@@ -248,7 +248,7 @@ _ISAS = {"v4bf16": ", AVX-512 with bfloat16", "v4": ", AVX-512", "v3": ", AVX2"}
 def provenance(result: Result) -> str:
     """One line: device, versions, date, commit."""
     machine = result["machine"]
-    isa = _ISAS.get((machine["build"]["native"] or {}).get("isa", ""), "")
+    isa = _ISAS.get((machine["build"].get("native") or {}).get("isa", ""), "")
     cores = f"{isa}, {machine['threads']} threads" if machine["kind"] == "cpu" else ""
     return (
         f"{machine['device']}{cores}; torch {machine['build']['torch']}, dico_kernels {machine['build']['version']} "

@@ -11,6 +11,7 @@ from support import DEVICE
 from torch.profiler import ProfilerActivity, profile
 
 import dico_kernels as dk
+from dico_kernels._linear import onednn_multiplies
 from dico_kernels.kernels.common import record
 
 # What PyTorch starts a kernel for, of what these blocks call.
@@ -37,13 +38,14 @@ def launches(call):
 
 
 # DiCo's ten of Triton's in forward: adaLN, depthwise, sums in parts and added up, attention, scale, gate; adaLN, GELU,
-# gate. Of PyTorch's, products that oneDNN makes on a CPU are not seen: `products`, in forward and backward.
+# gate. Of PyTorch's, products that oneDNN makes on a CPU, which has none in bfloat16 for AVX2, are not seen:
+# `products`, in forward and backward.
 @pytest.mark.parametrize(
     ("block", "forward", "backward", "products"),
     [(dk.nn.DiCoBlock, (10, 3), (17, 14), (4, 6)), (dk.nn.FCDMBlock, (6, 4), (14, 12), (2, 3))],
 )
 def test_launches_of_a_training_step(block, forward, backward, products):
-    if DEVICE == "cuda":
+    if DEVICE == "cuda" or not onednn_multiplies(torch.empty(0, dtype=torch.bfloat16)):
         forward, backward = ((t, p + seen) for (t, p), seen in zip((forward, backward), products, strict=True))
     torch.manual_seed(0)
     module = block(64).bfloat16().to(DEVICE)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dico_kernels import native
+from dico_kernels.dtypes import accumulation_dtype
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # batch, channels, height, width: one pixel, odd everything, wider than a vector by one, several blocks of rows and
@@ -84,16 +85,18 @@ def check():
 
     Each may have twice the error that the reference has when it runs in the inputs' dtype, plus one rounding; float64
     may be a few roundings off. ``floor`` is an absolute error per element that less than double precision has by
-    definition, such as that of its erf.
+    definition, such as that of its erf; ``summed`` the number of pixels that a weight's gradient sums over,
+    by its index: n additions may have n**0.5 roundings, of which eager's make more or fewer by the processor.
     """
 
-    def compare(results, op, inputs, grads, floor=0.0):
+    def compare(results, op, inputs, grads, floor=0.0, summed=None):
         dtype = inputs[0].dtype
         truth = _evaluate(op, inputs, grads, torch.float64)
         eager = truth if dtype == torch.float64 else _evaluate(op, inputs, grads, dtype)
         assert len(results) == len(truth)
         for i, (result, exact, rough) in enumerate(zip(results, truth, eager, strict=True)):
             band, least = (1e-13, 0.0) if dtype == torch.float64 else (torch.finfo(dtype).eps / 2, floor)
+            band += (summed or {}).get(i, 0) ** 0.5 * torch.finfo(accumulation_dtype(dtype)).eps / 2
             assert result.shape == exact.shape, i
             size, error, allowed = float(exact.norm()), float((result - exact).norm()), float((rough - exact).norm())
             assert error <= 2 * allowed + band * size + least * max(size, exact.numel() ** 0.5), (i, error, allowed)
