@@ -23,7 +23,7 @@ TOWER = [
     {"version", "fatbin", "dtypes", "_linear", "_graphs", "_sass", "_timing"},
     {"_memory", "_packed"},
     {"_extension"},
-    {"_gemm", "_vectors", "_weight_gradients"},
+    {"_channel", "_gemm", "_vectors", "_weight_gradients"},
     {"_convolution", "_recording"},
     {"kernels", "native", "reference"},
     {"info"},
