@@ -14,15 +14,15 @@ from dico_kernels._linear import loops
 from dico_kernels.ops._backends import recording
 from dico_kernels.ops.convolution import convolution, pays
 
-# Of 2 images with 12 inputs: height, width and outputs where forward and backward are native, only backward, none
+# Of 2 images: height, width and outputs where forward and backward are native, only backward, none
 BOTH, BACKWARD, NEITHER = (2, 3, 52), (3, 4, 40), (4, 5, 39)
 
 
-def given(shape, dtype=torch.float64, k=3, bias=False):
+def given(shape, dtype=torch.float64, k=3, bias=False, c=12):
     h, w, outputs = shape
-    x = torch.randn(2, 12, h, w, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    x = torch.randn(2, c, h, w, dtype=dtype).contiguous(memory_format=torch.channels_last)
     vectors = [torch.randn(outputs, dtype=dtype).requires_grad_()] if bias else []
-    return x.requires_grad_(), (torch.randn(outputs, 12, k, k, dtype=dtype) / 10).requires_grad_(), *vectors
+    return x.requires_grad_(), (torch.randn(outputs, c, k, k, dtype=dtype) / 10).requires_grad_(), *vectors
 
 
 def gradients(y, *inputs):
@@ -33,7 +33,7 @@ def gradients(y, *inputs):
 @pytest.mark.parametrize(("k", "bias"), [(3, False), (5, True)])
 @pytest.mark.parametrize("name", ["native", "reference"])
 def test_gradients_and_what_runs(name, k, bias, shape):
-    inputs = given(shape, k=k, bias=bias)
+    inputs = given(shape, k=k, bias=bias, c=3)
     with dk.backend(name, products="fused"):
         seen = []
         with recording(lambda choice: seen.append(choice.entry)):
