@@ -43,6 +43,12 @@ BUGS = {
         "static_cast<const A*>(a.r)",
         "test_channel.py::test_affine",
     ),
+    "what lies between two halves rounded up": (
+        "convert.h",
+        "0xfffu + ((magnitude >> 13) & 1u)",
+        "0x1000u",
+        "test_convert.py",
+    ),
     "taps of dx not turned": (
         "depthwise.h",
         "taps[Flip ? K * K - 1 - (i * K + j) : i * K + j]",

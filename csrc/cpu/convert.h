@@ -15,7 +15,7 @@ constexpr int kVectorBytes = 16;
 struct bf16 {
     uint16_t bits;
 };
-// Converted by integer operations: GCC before 12, and 12 for Arm, have no _Float16 in C++.
+// Where the processor does not, integer operations convert: GCC before 12, and 12 for Arm, have no _Float16 in C++.
 struct fp16 {
     uint16_t bits;
 };
@@ -97,6 +97,15 @@ DICO_INLINE vfloat vload(const bf16* p) {
     __builtin_memcpy(&narrow, p, sizeof narrow);
     return (vfloat)(__builtin_convertvector(narrow, vuint) << 16);
 }
+#if defined(__AVX512F__)
+DICO_INLINE vfloat vload(const fp16* p) {
+    return (vfloat)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+#elif defined(__F16C__)
+DICO_INLINE vfloat vload(const fp16* p) {
+    return (vfloat)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+#else
 DICO_INLINE vfloat vload(const fp16* p) {
     vhalf narrow;
     __builtin_memcpy(&narrow, p, sizeof narrow);
@@ -106,6 +115,7 @@ DICO_INLINE vfloat vload(const fp16* p) {
     const vuint value = magnitude >= 0x0f800000u ? (magnitude | 0x7f800000u) : scaled;
     return (vfloat)(value | ((half & 0x8000u) << 16));
 }
+#endif
 DICO_INLINE float load(const fp16* p) {
     fp16 first[kVectorBytes / 4] = {*p};
     return vload(first)[0];
@@ -113,6 +123,15 @@ DICO_INLINE float load(const fp16* p) {
 
 DICO_INLINE void vstore(float* p, vfloat v) { __builtin_memcpy(p, &v, sizeof v); }
 DICO_INLINE void vstore(double* p, vdouble v) { __builtin_memcpy(p, &v, sizeof v); }
+#if defined(__AVX512F__)
+DICO_INLINE void vstore(fp16* p, vfloat v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif defined(__F16C__)
+DICO_INLINE void vstore(fp16* p, vfloat v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
 DICO_INLINE void vstore(fp16* p, vfloat v) {
     const vuint wide = (vuint)v, magnitude = wide & 0x7fffffffu;
     const vuint normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
@@ -124,6 +143,7 @@ DICO_INLINE void vstore(fp16* p, vfloat v) {
     const vhalf narrow = __builtin_convertvector(half | ((wide >> 16) & 0x8000u), vhalf);
     __builtin_memcpy(p, &narrow, sizeof narrow);
 }
+#endif
 #if defined(__AVX512BF16__)
 // The processor's own rounding takes subnormal numbers, results too, for zero, as its products do.
 DICO_INLINE void vstore(bf16* p, vfloat v) {
