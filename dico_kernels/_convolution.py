@@ -17,7 +17,7 @@ from dico_kernels._memory import dense, image, kind
 from dico_kernels._weight_gradients import weight_gradient
 from dico_kernels.dtypes import accumulation_dtype
 
-# Bytes of the patches of a chunk of images.
+# Bytes of the patches, taken for float32, of a chunk of images; or one image's, however many.
 _CHUNK_BYTES = 1 << 26
 
 

@@ -16,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from dico_kernels._linear import onednn_multiplies
 
 ONEDNN = "oneDNN"
-# Sizes of input for which a weight is kept at a time: guided and plain steps of a sampler differ in the batch.
+# Sizes of input, the last ones used, that a weight is kept for: a sampler's guided and plain steps differ in the batch.
 _SIZES = 2
 
 
@@ -99,29 +99,43 @@ def generation() -> int:
     return _COUNT.value
 
 
-def packed(weight: Tensor, form: str = ONEDNN) -> Tensor | None:
-    """What was kept in a layout of a weight that has not changed since, to be multiplied in its stead; else None."""
+def _valid(weight: Tensor, form: str) -> _Packed | None:
+    """What was kept in a layout of a weight that has not changed since."""
     kept = _PACKED.get(weight) if _PACKED else None
-    if kept is None or kept.form != form or kept.dtype != weight.dtype:
+    if kept is None or kept.form != form:
         return None
     if form == ONEDNN and not torch.backends.mkldnn.enabled:
         return None
-    now = weight._version, _place(weight), weight.untyped_storage()._cdata
-    return kept.tensor if now == (kept.version, kept.place, kept.storage.cdata) else None
+    now = weight.dtype, weight._version, _place(weight), weight.untyped_storage()._cdata
+    if now == (kept.dtype, kept.version, kept.place, kept.storage.cdata):
+        return kept
+    kept.by_size.clear()
+    return None
+
+
+def packed(weight: Tensor, form: str = ONEDNN) -> Tensor | None:
+    """What was kept in a layout of a weight that has not changed since, to be multiplied in its stead; else None."""
+    kept = _valid(weight, form)
+    return None if kept is None else kept.tensor
 
 
 def packed_for(size: torch.Size, weight: Tensor, reorder: Callable[[Tensor], Tensor]) -> Tensor | None:
     """As packed, of a convolution's weight that ``reorder`` packs for inputs of a size; made when that is first seen.
 
     The layout that oneDNN wants depends on the size, and from another packed one it gets there, at each call, by a
-    routine that is slow: with AVX2 70 ms instead of 3 for 512 x 256 x 3 x 3.
+    routine that is slow: with AVX2 70 ms instead of 3 for 512 x 256 x 3 x 3. None also for a size that oneDNN refuses.
     """
-    if packed(weight) is None:
+    kept = _valid(weight, ONEDNN)
+    if kept is None:
         return None
-    by_size = _PACKED[weight].by_size
-    if size not in by_size:
-        for old in list(by_size)[: len(by_size) + 1 - _SIZES]:
-            by_size.pop(old, None)
-        with torch.inference_mode(False), torch.no_grad():
-            by_size[size] = reorder(weight.detach())
-    return by_size.get(size)
+    found = kept.by_size.pop(size, None)
+    if found is None:
+        try:
+            with torch.no_grad():
+                found = reorder(weight.detach())
+        except RuntimeError:
+            return None
+    kept.by_size[size] = found  # as the last one used
+    for old in list(kept.by_size)[:-_SIZES]:
+        kept.by_size.pop(old, None)
+    return found

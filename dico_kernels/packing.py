@@ -65,6 +65,9 @@ class PackedLinear(nn.Linear):
         return _gemm.linear(x, self.weight, self.bias, kept) if own else linear(x, kept, self.bias)
 
 
+_FORMS: dict[type[nn.Module], type[nn.Module]] = {t: t.plain_class for t in (PackedConv2d, PackedLinear)}
+
+
 def _matrix(weight: Tensor) -> Tensor:
     reordered: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.flatten(1).contiguous())
     return reordered
@@ -82,13 +85,16 @@ def _pack_layer(layer: nn.Module) -> bool:
     weight = layer._parameters.get("weight")
     if weight is None or not weight.numel():
         return False
+    if type(layer) in _FORMS:
+        _unpack_layer(layer)  # what could be packed need not be any more: in another dtype
     form: type[nn.Module]
-    if isinstance(layer, nn.Linear) and type(layer) in (nn.Linear, PackedLinear):
+    if type(layer) is nn.Linear:
         done, form = _keep_product(layer.weight), PackedLinear
-    elif isinstance(layer, nn.Conv2d) and type(layer) in (nn.Conv2d, PackedConv2d):
+    elif type(layer) is nn.Conv2d:
         if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
             return False
-        done, form = keep(layer.weight, lambda w: w), PackedConv2d  # packed when the size of its input is known
+        # Packed when the size of its input is known.
+        done, form = keep(layer.weight, lambda w: w.new_empty(0)), PackedConv2d
     else:
         return False
     if done:
@@ -130,7 +136,7 @@ def pack(model: Model) -> Model:
     fuse before pack.
 
     Args:
-        model: any module, best a fused one; float32 or bfloat16, or float16 where native products multiply it. On
+        model: any module, best a fused one; float32, or 16-bit where oneDNN or native products multiply that. On
             other devices than the CPU there is nothing to pack.
 
     Returns:
@@ -141,8 +147,8 @@ def pack(model: Model) -> Model:
     """
     if not sum(_pack_all(model, set())):
         warnings.warn(
-            "nothing was packed: expected convolutions or linear layers with float32 or bfloat16 weights on a CPU, not "
-            "made under inference_mode, in a torch with oneDNN",
+            "nothing was packed: expected convolutions or linear layers with weights on a CPU, not made under "
+            "inference_mode, in a torch with oneDNN; float32, or 16-bit where it or native kernels multiply that",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -157,13 +163,16 @@ def unpack(model: Model) -> Model:
     """
     for module in model.modules():
         _state.forget(module)
-        kind = type(module)
-        if kind is PackedConv2d or kind is PackedLinear:  # not what others made of it: a parametrised one, FSDP's
-            module.__class__ = kind.plain_class
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                forget(parameter)
+        _unpack_layer(module)
     return model
+
+
+def _unpack_layer(layer: nn.Module) -> None:
+    if type(layer) in _FORMS:  # not what others made of it: a parametrised one, FSDP's
+        layer.__class__ = _FORMS[type(layer)]
+    for parameter in layer._parameters.values():
+        if parameter is not None:
+            forget(parameter)
 
 
 __all__ = ["PackedConv2d", "PackedLinear", "pack", "unpack"]

@@ -13,6 +13,7 @@ from test_fuse import hard
 from torch import nn
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import dico_kernels as dk
 from dico_kernels import _gemm, _packed, native, packing
@@ -79,7 +80,7 @@ def test_same_results(name, dtype, used):
 
 REORDERS = """
 import torch, dico_kernels as dk
-x = torch.randn(1, {inputs}, {side}, {side}).contiguous(memory_format=torch.channels_last)
+x = torch.randn(1, {inputs}, {side}, {width}).contiguous(memory_format=torch.channels_last)
 conv = dk.pack(torch.nn.Conv2d({inputs}, {outputs}, 3, padding=1))
 with torch.no_grad():
     conv(x)
@@ -89,9 +90,9 @@ with torch.no_grad():
 
 
 # Where AVX2's layout for these sizes is another than for a size that is not known.
-@pytest.mark.parametrize(("inputs", "outputs", "side"), [(256, 512, 16), (128, 64, 32)])
-def test_a_convolution_is_packed_for_the_size_of_its_input(inputs, outputs, side, tmp_path):
-    script = REORDERS.format(inputs=inputs, outputs=outputs, side=side)
+@pytest.mark.parametrize(("inputs", "outputs", "side", "width"), [(256, 512, 16, 16), (128, 64, 32, 16)])
+def test_a_convolution_is_packed_for_the_size_of_its_input(inputs, outputs, side, width, tmp_path):
+    script = REORDERS.format(inputs=inputs, outputs=outputs, side=side, width=width)
     done = run_python("-c", script, cwd=tmp_path, ONEDNN_VERBOSE="1")
     assert done.returncode == 0, done.stderr
     before, after = done.stdout.split("again")
@@ -105,18 +106,49 @@ def test_the_last_two_sizes_of_input_are_kept(used):
     conv = nn.Conv2d(5, 7, 3, padding=1)
     plain = copy.deepcopy(conv)
     dk.pack(conv)
-    with torch.no_grad():
-        for n in (1, 2, 3, 1):
-            for context in (torch.no_grad, torch.inference_mode):
-                x = torch.randn(n, 5, 4, 6)
-                with context():
-                    y, packed, _ = used(lambda x=x: conv(x))
+    for size in ((1, 5, 4, 6), (2, 5, 4, 6), (1, 5, 4, 6), (1, 5, 6, 4)):
+        for context in (torch.inference_mode, torch.no_grad):
+            x = torch.randn(size)
+            with context():
+                y, packed, _ = used(lambda x=x: conv(x))
                 assert packed == 1
                 assert rel_rms(y, plain(x)) <= 1e-6
-        assert [size[0] for size in _packed._PACKED[conv.weight].by_size] == [3, 1]
+    kept = _packed._PACKED[conv.weight]
+    assert [tuple(size) for size in kept.by_size] == [(1, 5, 4, 6), (1, 5, 6, 4)]
+    with torch.no_grad():
         conv.weight.mul_(2)
         assert used(lambda: conv(x))[1] == 0
+    assert not kept.by_size
     assert rel_rms(conv(x) - conv.bias.view(-1, 1, 1), 2 * (plain(x) - plain.bias.view(-1, 1, 1))) <= 1e-6
+
+
+@pytest.mark.parametrize("size", [(1, 4, 8, 8), (1, 5, 1, 1)], ids=str)
+def test_what_a_plain_convolution_refuses_is_refused_in_its_words(size):
+    conv, x = nn.Conv2d(5, 7, 3), torch.randn(size)
+    with pytest.raises(RuntimeError) as plain:
+        conv(x)
+    with torch.no_grad(), pytest.raises(RuntimeError) as packed:
+        dk.pack(conv)(x)
+    assert str(packed.value) == str(plain.value)
+
+
+def test_packed_weights_do_not_keep_the_memory_of_the_original(used):
+    conv = dk.pack(nn.Conv2d(5, 7, 3))
+    was = StorageWeakRef(conv.weight.untyped_storage())
+    with torch.no_grad():
+        conv(torch.randn(1, 5, 4, 6))
+        conv.double()
+        assert was.expired()
+        assert used(lambda: conv(torch.randn(1, 5, 4, 6).double()))[1] == 0
+    assert not _packed._PACKED[conv.weight].by_size
+
+
+def test_packing_anew_unpacks_what_cannot_be_packed_any_more():
+    model = dk.pack(nn.Sequential(nn.Conv2d(5, 7, 3), nn.Linear(4, 3))).double()
+    with pytest.warns(RuntimeWarning, match="nothing was packed"):
+        dk.pack(model)
+    assert [type(m) for m in model] == [nn.Conv2d, nn.Linear]
+    assert not any(_packed.holds(m.weight) for m in model)
 
 
 def test_gradients_and_copies_see_the_originals(used):

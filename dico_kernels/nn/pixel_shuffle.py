@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from dico_kernels import ops
+from dico_kernels._packed import packed
 from dico_kernels.nn._fused import Fused, hooked, plain_convolution, settings, unreadable
 from dico_kernels.nn.adaln import conditioned
-from dico_kernels.ops._library import autocasting
+from dico_kernels.ops._library import autocasting, only_numbers
 from dico_kernels.ops.convolution import convolution, pays
 from dico_kernels.reference import base
 
@@ -135,7 +136,7 @@ def joined(up: nn.Module, reduce: nn.Conv2d, x: Tensor, skip: Tensor) -> Tensor:
 
 def _convolved(conv: nn.Module, x: Tensor) -> Tensor:
     """conv(x), as an op where that is the faster way."""
-    if not torch.compiler.is_compiling() and _separate(conv) and pays(x, conv.weight):
+    if not torch.compiler.is_compiling() and _separate(conv) and not _runs_packed(conv, x) and pays(x, conv.weight):
         return convolution(x, conv.weight, conv.bias)
     y: Tensor = conv(x)
     return y
@@ -143,9 +144,16 @@ def _convolved(conv: nn.Module, x: Tensor) -> Tensor:
 
 def _separate(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
     """Whether all that a convolution does may be done without calling it."""
-    if type(conv) is not nn.Conv2d or hooked(conv) or unreadable(conv):
+    if getattr(type(conv), "plain_class", type(conv)) is not nn.Conv2d or hooked(conv) or unreadable(conv):
         return False
     return settings(conv) == plain_convolution(3)
+
+
+def _runs_packed(conv: nn.Conv2d, x: Tensor) -> bool:
+    """Whether a convolution that pack() found multiplies x by its packed weight."""
+    if type(conv) is nn.Conv2d or not only_numbers(x) or x.dtype != conv.weight.dtype:
+        return False
+    return packed(conv.weight) is not None
 
 
 __all__ = ["Downsample", "FusedUShape", "SkipUpsample"]

@@ -23,16 +23,17 @@ from dico_kernels.ops._library import autocasting, only_needed, register
 def pays(x: Tensor, weight: Tensor) -> bool:
     """Whether the op is there for a convolution of x, and it or its gradient is faster than the library's.
 
-    weight: (K, C, k, k); what has groups, or lies in other memory than such weights usually do, is the library's.
+    weight: (K, C, k, k). What has groups is the library's; so is, where that has more than loops, a weight in unusual
+    memory.
     """
     if x.ndim != 4 or not x.numel() or weight.shape[1] != x.shape[1]:
         return False
     gradients, lowered = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad), autocasting(x)
-    if not weight.is_contiguous() or (x.dtype != weight.dtype and not lowered):
+    if x.dtype != weight.dtype and not lowered:
         return False
     dtype = torch.get_autocast_dtype(x.device.type) if lowered and x.dtype != torch.float64 else x.dtype
     if not x.is_cpu or not loops(dtype):
-        if not _are_few(x, weight, gradients):
+        if not _are_few(x, weight, gradients) or not weight.is_contiguous():
             return False
         if not gradients and lowered:
             return False  # PyTorch keeps a cast weight for the next call

@@ -66,12 +66,15 @@ def test_same_bits_on_any_number_of_threads(isa, dtype, image, same_bits):
     same_bits(lambda: evaluate(x, weight, dy))
 
 
-def test_a_few_images_at_a_time(isa, dtype, image, monkeypatch):
+@pytest.mark.parametrize(("images", "chunks"), [(2, 3), (0, 5)])
+def test_a_few_images_at_a_time(isa, dtype, images, chunks, image, monkeypatch):
+    """Also where not even one has the size of a chunk."""
     x, weight, dy = inputs((5, 3, 4, 3, 7, 3), dtype, image)
-    whole = evaluate(x, weight, dy)
-    monkeypatch.setattr(_convolution, "_CHUNK_BYTES", 2 * 4 * 3 * 27 * accumulation_dtype(dtype).itemsize)
-    assert len(_convolution._chunks(x, weight)) == 3
-    for all_at_once, found in zip(whole, evaluate(x, weight, dy), strict=True):
+    bias = torch.randn(7, dtype=torch.float64).to(dtype)
+    whole = evaluate(x, weight, dy, bias)
+    monkeypatch.setattr(_convolution, "_CHUNK_BYTES", images * 4 * 3 * 27 * accumulation_dtype(dtype).itemsize)
+    assert len(_convolution._chunks(x, weight)) == chunks
+    for all_at_once, found in zip(whole, evaluate(x, weight, dy, bias), strict=True):
         assert found.dtype == dtype
         assert found.stride() == all_at_once.stride()
         assert rel_rms(found, all_at_once.double()) <= 4 * torch.finfo(dtype).eps

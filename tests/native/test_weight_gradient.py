@@ -10,9 +10,11 @@ from dico_kernels._memory import DTYPES
 from dico_kernels.dtypes import accumulation_dtype
 
 # samples, pixels, K, C: less than a tile; an odd number of pixels; several tiles, strips, panels and blocks; more
-# pixels than one chain sums up, an odd number left over, and more than are packed at a time; and more samples than are
+# pixels than one chain sums up, an odd number left over, and more than are packed at a time; more samples than are;
+# and where tiles go by turns, all of a strip's
 SIZES = [
     (1, 1, 1, 1), (3, 7, 13, 33), (2, 64, 24, 96), (2, 5, 200, 130), (2, 600, 7, 35), (2, 9001, 3, 5), (140, 61, 7, 66),
+    (2, 300, 110, 128),
 ]  # fmt: skip
 
 
