@@ -4,14 +4,17 @@
 // needs. The ring is widened to the accumulation type, or holds neighbours in pairs, and is padded with zeros at
 // both ends, a row outside the image is a row of zeros: the arithmetic knows no borders. Within the ring one vector
 // of channels is contiguous along the row, so that what the inner loops touch fits the first-level cache. Included
-// inside the namespace of one
-// instruction set.
+// inside the namespace of one instruction set.
 
-// Outputs along a row that are summed together: each loaded pixel serves all of them.
+// Outputs along a row that are summed together: each loaded pixel serves all of them, and eight sums hardly wait
+// for one another; but with the taps of a wide kernel's row they are more than 16 registers.
+constexpr int kLongestTile = 8;
 #if defined(__AVX512F__)
+template <int K>
 constexpr int kTile = 8;
 #else
-constexpr int kTile = 4;
+template <int K>
+constexpr int kTile = K <= 3 ? 8 : 4;
 #endif
 constexpr int kRingVectors = 4;
 
@@ -27,7 +30,7 @@ template <class T>
 static DepthwiseShape depthwise_shape(int64_t channels, int64_t width, int64_t k, bool backward) {
     DepthwiseShape s;
     const int64_t vectors = (channels + kLanes<T> - 1) / kLanes<T>;
-    s.padded = (width + kTile - 1) / kTile * kTile + k - 1;
+    s.padded = (width + kLongestTile - 1) / kLongestTile * kLongestTile + k - 1;
     s.ring = kRingVectors * k * s.padded;
     s.taps = vectors * k * k;
     s.channel_units = (vectors + kRingVectors - 1) / kRingVectors;
@@ -111,24 +114,24 @@ struct Ring {
 // emit(w, sum over the taps) for every column; Flip turns the kernel by 180 degrees.
 template <int K, bool Flip, class V, class Emit>
 DICO_INLINE void stencil(const V* const* rows, const V* taps, V bias, int64_t width, Emit emit) {
-    for (int64_t w = 0; w < width; w += kTile) {
-        V sum[kTile];
+    for (int64_t w = 0; w < width; w += kTile<K>) {
+        V sum[kTile<K>];
 #pragma GCC unroll 8
-        for (int t = 0; t < kTile; ++t) sum[t] = bias;
+        for (int t = 0; t < kTile<K>; ++t) sum[t] = bias;
         for (int i = 0; i < K; ++i) {
             V tap[K];
 #pragma GCC unroll 16
             for (int j = 0; j < K; ++j) tap[j] = taps[Flip ? K * K - 1 - (i * K + j) : i * K + j];
 #pragma GCC unroll 16
-            for (int p = 0; p < kTile + K - 1; ++p) {
+            for (int p = 0; p < kTile<K> + K - 1; ++p) {
                 const V pixel = rows[i][w + p];
 #pragma GCC unroll 16
                 for (int j = 0; j < K; ++j)
-                    if (p - j >= 0 && p - j < kTile) sum[p - j] += pixel * tap[j];
+                    if (p - j >= 0 && p - j < kTile<K>) sum[p - j] += pixel * tap[j];
             }
         }
         // Not unrolled: what is emitted may be long.
-        const int64_t count = width - w < kTile ? width - w : kTile;
+        const int64_t count = width - w < kTile<K> ? width - w : kTile<K>;
         for (int64_t t = 0; t < count; ++t) emit(w + t, sum[t]);
     }
 }
@@ -150,26 +153,26 @@ static void pair_taps(vfloat* taps, int64_t vectors) {
 template <int K, class Emit>
 DICO_INLINE void stencil_in_pairs(const vfloat* const* rows, const vfloat* taps, vfloat bias, int64_t width,
                                   Emit emit) {
-    for (int64_t w = 0; w < width; w += kTile) {
-        vfloat sum[kTile];
+    for (int64_t w = 0; w < width; w += kTile<K>) {
+        vfloat sum[kTile<K>];
 #pragma GCC unroll 8
-        for (int t = 0; t < kTile; ++t) sum[t] = bias;
+        for (int t = 0; t < kTile<K>; ++t) sum[t] = bias;
         for (int i = 0; i < K; ++i) {
             vfloat tap[K / 2 + 1];
 #pragma GCC unroll 8
             for (int j = 0; j <= K / 2; ++j) tap[j] = taps[i * K + j];
 #pragma GCC unroll 16
-            for (int p = 0; p < kTile + K - 2; ++p) {
+            for (int p = 0; p < kTile<K> + K - 2; ++p) {
                 const vfloat pair = rows[i][w + p];
 #pragma GCC unroll 8
                 for (int m = 0; m < K / 2; ++m)
-                    if (p - 2 * m >= 0 && p - 2 * m < kTile)
+                    if (p - 2 * m >= 0 && p - 2 * m < kTile<K>)
                         sum[p - 2 * m] =
                             (vfloat)_mm512_dpbf16_ps((__m512)sum[p - 2 * m], (__m512bh)pair, (__m512bh)tap[m]);
                 if (p - (K - 2) >= 0) sum[p - (K - 2)] += (vfloat)((vuint)pair & 0xffff0000u) * tap[K / 2];
             }
         }
-        const int64_t count = width - w < kTile ? width - w : kTile;
+        const int64_t count = width - w < kTile<K> ? width - w : kTile<K>;
         for (int64_t t = 0; t < count; ++t) emit(w + t, sum[t]);
     }
 }
