@@ -318,8 +318,8 @@ BUGS |= {
 }
 BUGS["packed though changed"] = (
     "_packed.py",
-    "now = weight._version, _place",
-    "now = kept.version, _place",
+    "now = weight.dtype, weight._version, _place",
+    "now = weight.dtype, kept.version, _place",
     "tests/test_packing.py -k stale",
 )
 RECORDED = "tests/nn/test_recorded.py"
