@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,17 @@ def added_up(parts: Tensor) -> Tensor:
     assert parts.is_contiguous()
     assert parts.dtype in (torch.float32, torch.float64)
     return parts.sum(1)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Within the context, operators use so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def rel_rms(actual: Tensor, expected: Tensor) -> float:
@@ -98,13 +110,17 @@ def copy_package(target: Path) -> Path:
     return package
 
 
-def assert_noticed(bug: str, tests: str, copy: Path) -> None:
+def run_tests(copy: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run tests, named from the project's root, on a copied package, up to the first that fails."""
+    paths = [str(ROOT / a) if a.startswith("tests/") else a for a in arguments]
+    options = ["-x", "-q", "-p", "no:cacheprovider"]
+    return run_python("-m", "pytest", *options, *paths, cwd=Path("/"), PYTHONPATH=str(copy.parent), **env)
+
+
+def assert_noticed(bug: str, tests: str, copy: Path, **env: str) -> None:
     """Run tests (a file or test, perhaps narrowed by -k) on a copied package: a comparison in them has to fail."""
     path, _, only = tests.partition(" -k ")
-    done = run_python(
-        "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", only or "not test_macs", str(ROOT / path),
-        cwd=Path("/"), PYTHONPATH=str(copy.parent),
-    )  # fmt: skip
+    done = run_tests(copy, path, "-k", only or "not test_macs", **env)
     assert done.returncode == 1, f"no test noticed: {bug}\n{done.stdout[-2000:]}"
     # By comparison, not by falling over: pytest ends a failed assertion's report so.
     assert "AssertionError" in done.stdout, done.stdout[-2000:]
