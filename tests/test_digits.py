@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.svm import SVC
-from support import ROOT, run_python
+from support import ROOT, run_python, threads
 
 SCRIPT = str(ROOT / "examples" / "digits.py")
 PER_CLASS = 20
@@ -19,10 +19,8 @@ PER_CLASS = 20
 @pytest.fixture(autouse=True)
 def _one_thread():
     """At this size a second thread wins little, and loses much where other processes want its core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with threads(1):
+        yield
 
 
 @pytest.fixture(scope="module")

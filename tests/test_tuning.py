@@ -11,7 +11,7 @@ import pytest
 import torch
 from fake_device import Device
 from fake_graphs import FakeGraphs
-from support import DEVICE
+from support import DEVICE, threads
 
 import dico_kernels as dk
 from dico_kernels import _timing, native, tuning
@@ -143,12 +143,8 @@ def test_a_choice_is_for_its_case_alone(times):
         if other != {"dtype": torch.bfloat16} or native.multiplies(torch.empty(1, dtype=torch.bfloat16)):
             assert runs_on(branch(**other)) == {usual}, other
     assert runs_on(branch()) == {"library"}
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads + 1)
+    with threads(torch.get_num_threads() + 1):
         assert runs_on(branch()) == {usual}
-    finally:
-        torch.set_num_threads(threads)
 
 
 def test_the_nearest_measured_batch_decides(times):

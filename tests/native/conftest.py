@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support import threads
 
 from dico_kernels import native
 from dico_kernels.dtypes import accumulation_dtype
@@ -70,12 +71,17 @@ def vector():
 
 
 def _evaluate(op, inputs, grads, dtype):
-    """The op's outputs and the gradients of its inputs, with everything in one dtype."""
+    """The op's outputs and the gradients of its inputs, with everything in one dtype.
+
+    By one thread: PyTorch waits for all of them at each group of a depthwise convolution, seconds in all where others
+    use the cores.
+    """
     leaves = [None if v is None else v.detach().to(dtype).requires_grad_() for v in inputs]
-    outs = op(*leaves)
-    outs = outs if isinstance(outs, tuple) else (outs,)
-    present = [v for v in leaves if v is not None]
-    grads = torch.autograd.grad(outs, present, [g.to(dtype) for g in grads])
+    with threads(1):
+        outs = op(*leaves)
+        outs = outs if isinstance(outs, tuple) else (outs,)
+        present = [v for v in leaves if v is not None]
+        grads = torch.autograd.grad(outs, present, [g.to(dtype) for g in grads])
     return [v.detach() for v in (*outs, *grads)]
 
 
@@ -109,14 +115,10 @@ def same_bits():
     """same_bits(f): f's tensors are bitwise equal over repeats and on one, two and three threads."""
 
     def run(f):
-        before = torch.get_num_threads()
         outs = []
-        try:
-            for threads in (1, 2, 3, 2):
-                torch.set_num_threads(threads)
+        for count in (1, 2, 3, 2):
+            with threads(count):
                 outs.append([t.clone() for t in f()])
-        finally:
-            torch.set_num_threads(before)
         for other in outs[1:]:
             assert all(torch.equal(a, b) for a, b in zip(outs[0], other, strict=True))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import rel_rms
+from support import rel_rms, threads
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
@@ -268,12 +268,10 @@ def test_which_dtypes_the_library_multiplies_by_loops():
 @pytest.mark.parametrize("behind", BEHIND)
 def test_outputs_are_divided_where_rows_do_not_occupy_the_threads(isa, dtype, problem, behind):
     arguments, options, exact = problem((1, 12, 3, 5, 300), dtype, "adaLN", behind)
-    before = torch.get_num_threads()
     found = []
-    for threads in (1, 2, 3, 16):
-        torch.set_num_threads(threads)
-        found.append(native.pointwise(*arguments, **options, squares=behind == "GELU"))
-    torch.set_num_threads(before)
+    for count in (1, 2, 3, 16):
+        with threads(count):
+            found.append(native.pointwise(*arguments, **options, squares=behind == "GELU"))
     assert rel_rms(found[0].y, exact) <= budget(dtype)
     for other in found[1:]:
         same = zip(found[0], other, strict=True)
@@ -284,12 +282,12 @@ def test_outputs_are_divided_where_rows_do_not_occupy_the_threads(isa, dtype, pr
 @pytest.mark.parametrize("side", [16, 24, 32, 40, 64])
 def test_threads_have_as_many_rows_each(images, side):
     """Of 8, 4 or 2 threads the first has the most blocks, if they are not as many for all."""
-    rows, threads = side * side, torch.tensor([2, 4, 8])
+    rows, counts = side * side, torch.tensor([2, 4, 8])
     block = _gemm._block_rows(images, rows, 832, 4)
     blocks = images * -(-rows // block)
-    most = -(-blocks // threads) * block
+    most = -(-blocks // counts) * block
     assert block >= 24
-    assert (most * threads <= 1.13 * images * rows).all()
+    assert (most * counts <= 1.13 * images * rows).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -10,6 +10,7 @@ import weakref
 
 import pytest
 import torch
+from support import threads
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -257,14 +258,10 @@ def test_settings_are_noticed():
             with native.isa(isa):
                 for _ in range(3):
                     assert torch.equal(module(*args), unrecorded(module, args))
-        before = torch.get_num_threads()
-        try:
-            count = len(recordings(warm(module, args)))
-            torch.set_num_threads(before + 1)
+        count = len(recordings(warm(module, args)))
+        with threads(torch.get_num_threads() + 1):
             assert torch.equal(module(*args), unrecorded(module, args))
             assert len(recordings(warm(module, args))) == count + 1
-        finally:
-            torch.set_num_threads(before)
     assert "depthwise" in str(dk.explain(module, *args))
 
 

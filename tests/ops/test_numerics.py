@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from ops_cases import CASES, DTYPES, REGIMES, SHAPES, check_against_float64, outputs_and_gradients, tuple_of
-from support import rel_rms
+from support import rel_rms, threads
 
 import dico_kernels as dk
 from dico_kernels import native
@@ -118,16 +118,12 @@ def test_same_native_bits_on_any_number_of_threads(name):
     tests/native has their kernels.
     """
     case = CASES[name]
-    before = torch.get_num_threads()
     arguments = [a.float() for a in case.arguments((2, 40, 19, 17))]
     runs = []
     with dk.backend("native", strict=True), native.grain(0):
-        try:
-            for threads in (1, 2, 3):
-                torch.set_num_threads(threads)
+        for count in (1, 2, 3):
+            with threads(count):
                 runs.append(outputs_and_gradients(case.op, arguments))
-        finally:
-            torch.set_num_threads(before)
     for run in runs[1:]:
         for a, b in zip(run, runs[0], strict=True):
             assert torch.equal(a, b)

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from support import threads
 from torch import nn
 
 import dico_kernels as dk
@@ -172,10 +173,8 @@ def test_what_a_recording_depends_on_is_part_of_its_kind():
         with native.isa(other):
             assert agrees()
             assert agrees(wide, torch.float64)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    assert agrees()
-    torch.set_num_threads(before)
+    with threads(1):
+        assert agrees()
     with dk.backend("auto", products="library"):  # whose products are not recorded
         before_library = recorded()
         assert agrees()
