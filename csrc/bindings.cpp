@@ -278,6 +278,18 @@ PYBIND11_MODULE(_C, m) {
               &PW::then_outputs, &PW::parts, &PW::skip_channels, &PW::gelu, &PW::shift_stride, &PW::scale_stride,
               &PW::gate_stride, &PW::eps, &PW::wide_stream);
 
+    m.def("winograd_packed_size", [](int dtype, int64_t outputs, int64_t inputs) {
+        return dico::cpu::kernels().winograd_packed_size(static_cast<dico::Dtype>(dtype), outputs, inputs);
+    });
+    using WP = dico::WinogradPackArgs;
+    bind(m, "winograd_pack", &Kernels::winograd_pack, &WP::weight, &WP::packed, &WP::outputs, &WP::inputs);
+    m.def("winograd_scratch", [](int dtype, int threads, int64_t inputs, int64_t block_tiles) {
+        return dico::cpu::kernels().winograd_scratch(static_cast<dico::Dtype>(dtype), inputs, block_tiles, threads);
+    });
+    using WN = dico::WinogradArgs;
+    bind(m, "winograd", &Kernels::winograd, &WN::x, &WN::packed, &WN::bias, &WN::y, &WN::scratch, &WN::images,
+         &WN::height, &WN::width, &WN::channels, &WN::outputs, &WN::block_tiles, &WN::parts);
+
     py::class_<dico::Recording>(m, "Recording")
         .def(py::init<size_t>())
         .def("add",

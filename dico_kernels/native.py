@@ -42,6 +42,7 @@ from dico_kernels._vectors import conditioning as conditioning
 from dico_kernels._weight_gradients import gated_products as gated_products
 from dico_kernels._weight_gradients import has_faster_weight_gradient as has_faster_weight_gradient
 from dico_kernels._weight_gradients import weight_gradient as weight_gradient
+from dico_kernels._winograd import winograd as winograd
 from dico_kernels.dtypes import accumulation_dtype
 
 # ---- adaLN and the gated residual: csrc/cpu/adaln.h ----

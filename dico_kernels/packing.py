@@ -1,7 +1,8 @@
 """pack and unpack: weights in the layouts that products read, oneDNN's or the native kernels', for sampling on a CPU.
 
 Given a plain weight, each call deals with its layout: 5 to 20% of a product's time at the shapes of these
-models, half of a dense convolution's of one image, and most of a conditioning head's.
+models, half of a dense convolution's of one image, and most of a conditioning head's. And a 3x3 convolution by
+Winograd's algorithm, which has fewer products, wants a weight that was transformed before.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dico_kernels import _gemm
+from dico_kernels import _gemm, _winograd, native
 from dico_kernels._linear import linear
 from dico_kernels._packed import ONEDNN, forget, keep, packed, packed_for
 from dico_kernels.nn import _state
-from dico_kernels.nn._fused import Fused
+from dico_kernels.nn._fused import Fused, plain_convolution, settings
 from dico_kernels.nn.pixel_shuffle import SkipUpsample, separable
-from dico_kernels.ops._backends import multiplies_natively
+from dico_kernels.ops._backends import multiplies_natively, note_optional
 from dico_kernels.ops._library import only_numbers
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -30,23 +31,49 @@ def _usable(x: Any, weight: Tensor) -> bool:
     return only_numbers(x) and x.is_cpu and x.dtype == weight.dtype and x.numel() > 0
 
 
+def _is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
 class PackedConv2d(nn.Conv2d):
     """An nn.Conv2d that pack() found: on its packed weight where that is valid and no gradient is wanted."""
 
     plain_class = nn.Conv2d
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, K, H', W')."""
-        plain = x.ndim == 4 and self.padding_mode == "zeros" and not isinstance(self.padding, str)
-        how = (self.padding, self.stride, self.dilation, self.groups)
-        kept = None
-        if plain and _usable(x, self.weight):
-            reorder = torch.ops.mkldnn._reorder_convolution_weight
-            kept = packed_for(x.shape, self.weight, lambda w: reorder(w, *how, list(x.shape)))
-        if kept is None:
+        """(N, C, H, W) -> (N, K, H', W'), in the memory layout that nn.Conv2d gives it: a view may be taken of it."""
+        y = self.forward_packed(x)
+        if y is None:
             return super().forward(x)
+        return y if _is_channels_last(x) or _is_channels_last(self.weight) else y.contiguous()
+
+    def forward_packed(self, x: Tensor) -> Tensor | None:
+        """The same in channels_last memory, if x is to be multiplied by a packed weight; else None."""
+        if not _usable(x, self.weight) or x.ndim != 4:
+            return None
+        if (kept := self._for_winograd(x)) is not None:
+            return self._winograd(x, kept)
+        if self.padding_mode != "zeros" or isinstance(self.padding, str):
+            return None
+        how = (self.padding, self.stride, self.dilation, self.groups)
+        kept = packed_for(x.shape, self.weight, lambda w: _reorder_convolution(w, *how, list(x.shape)))
+        if kept is None:
+            return None
         y: Tensor = torch.ops.mkldnn._convolution_pointwise(x, kept, self.bias, *how, "none", [], "")
         return y
+
+    def _for_winograd(self, x: Tensor) -> Tensor | None:
+        """The weight as Winograd's algorithm reads it, if it is valid and x is to be convolved so."""
+        if x.shape[1] != self.weight.shape[1] or not _is_for_winograd(self):
+            return None
+        if self.bias is not None and self.bias.dtype != x.dtype:
+            return None
+        return packed(self.weight, _winograd.form())
+
+    def _winograd(self, x: Tensor, kept: Tensor) -> Tensor:
+        note_optional("winograd", x, native.winograd)
+        bias = None if self.bias is None else self.bias.contiguous()
+        return native.winograd(x.contiguous(memory_format=torch.channels_last), kept, self.weight.shape[0], bias)
 
 
 class PackedLinear(nn.Linear):
@@ -66,6 +93,18 @@ class PackedLinear(nn.Linear):
 
 
 _FORMS: dict[type[nn.Module], type[nn.Module]] = {t: t.plain_class for t in (PackedConv2d, PackedLinear)}
+
+
+def _is_for_winograd(layer: nn.Conv2d) -> bool:
+    """Whether native kernels are to convolve by Winograd's algorithm, and a layer is one for which that is faster."""
+    if layer.groups != 1 or settings(layer) != plain_convolution(3):
+        return False
+    return multiplies_natively(layer.weight) and _winograd.pays(layer.weight)
+
+
+def _reorder_convolution(*args: Any) -> Tensor:
+    reordered: Tensor = torch.ops.mkldnn._reorder_convolution_weight(*args)
+    return reordered
 
 
 def _matrix(weight: Tensor) -> Tensor:
@@ -93,8 +132,11 @@ def _pack_layer(layer: nn.Module) -> bool:
     elif type(layer) is nn.Conv2d:
         if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
             return False
-        # Packed when the size of its input is known.
-        done, form = keep(layer.weight, lambda w: w.new_empty(0)), PackedConv2d
+        form = PackedConv2d
+        if _is_for_winograd(layer):
+            done = keep(layer.weight, _winograd.pack, _winograd.form())
+        else:
+            done = keep(layer.weight, lambda w: w.new_empty(0))  # packed when the size of its input is known
     else:
         return False
     if done:
@@ -126,11 +168,13 @@ def _pack_all(module: nn.Module, seen: set[int]) -> Iterator[bool]:
 def pack(model: Model) -> Model:
     """Keep the weights of fused 1x1 convolutions, other convolutions and linear layers packed for CPU inference too.
 
-    Costs the memory of these weights once more, of other than 1x1 convolutions for each of the last two sizes of their
-    input, as oneDNN packs them by it. Forward passes without gradients use the packed weights; gradients, optimisers,
-    ``state_dict`` and copies of the model see the originals, which stay as they are. A weight that was changed or moved
-    since is used unpacked, until packed anew; so is one that an optimizer with ``fused=True`` stepped. What PyTorch
-    does not count as a change, writing through ``.data`` or from outside PyTorch, needs another call of pack.
+    Costs the memory of these weights once more; of 3x3 convolutions 16/9 of it, where native kernels convolve by
+    Winograd's algorithm: a smaller error in float32, but infinities may become NaN; of other convolutions once for each
+    of the last two sizes of their input, as oneDNN packs them by it. Forward passes without gradients use the packed
+    weights; gradients, optimisers, ``state_dict`` and copies of the model see the originals, which stay as they are. A
+    weight that was changed or moved since is used unpacked, until packed anew; so is one that an optimizer with
+    ``fused=True`` stepped. What PyTorch does not count as a change, writing through ``.data`` or from outside PyTorch,
+    needs another call of pack.
 
     Layers that are exactly nn.Conv2d or nn.Linear become PackedConv2d or PackedLinear, in place, until unpack. Call
     fuse before pack.

@@ -24,7 +24,7 @@ TOWER = [
     {"_memory", "_packed"},
     {"_extension"},
     {"_channel", "_gemm", "_vectors", "_weight_gradients"},
-    {"_convolution", "_recording"},
+    {"_convolution", "_recording", "_winograd"},
     {"kernels", "native", "reference"},
     {"info"},
     {"ops"},

@@ -81,8 +81,8 @@ def test_same_results(name, dtype, used):
 REORDERS = """
 import torch, dico_kernels as dk
 x = torch.randn(1, {inputs}, {side}, {width}).contiguous(memory_format=torch.channels_last)
-conv = dk.pack(torch.nn.Conv2d({inputs}, {outputs}, 3, padding=1))
-with torch.no_grad():
+with torch.no_grad(), dk.backend("auto", products="library"):  # ours has one layout for all sizes
+    conv = dk.pack(torch.nn.Conv2d({inputs}, {outputs}, 3, padding=1))
     conv(x)
     print("again", flush=True)
     conv(x)
@@ -100,6 +100,74 @@ def test_a_convolution_is_packed_for_the_size_of_its_input(inputs, outputs, side
     assert [line for line in before.splitlines() if ",reorder," in line and weight in line]
     assert not [line for line in after.splitlines() if ",reorder," in line and weight in line]
     assert ",convolution," in after
+
+
+@pytest.fixture
+def by_winograd(monkeypatch):
+    """by_winograd(call): how many convolutions in a call are by Winograd's algorithm."""
+    found: list[None] = []
+    winograd = native.winograd
+
+    def spy(*args):
+        found.append(None)
+        return winograd(*args)
+
+    monkeypatch.setattr(native, "winograd", spy)
+
+    def run(call):
+        found.clear()
+        call()
+        return len(found)
+
+    return run
+
+
+needs_products = pytest.mark.skipif(
+    not native.multiplies(torch.empty(1)), reason="needs a processor with multiply-adds, or library products are faster"
+)
+
+
+@needs_products
+def test_winograds_algorithm_where_it_is_the_faster_one(by_winograd):
+    x = torch.randn(2, 16, 6, 5)
+    with torch.no_grad():
+        for layer, runs in ((nn.Conv2d(16, 16, 3, padding=1), 1), (nn.Conv2d(16, 15, 3, padding=1), 0)):
+            assert by_winograd(lambda: layer(x)) == 0  # noqa: B023
+            dk.pack(layer)
+            assert by_winograd(lambda: layer(x)) == runs  # noqa: B023
+    layer = dk.pack(nn.Conv2d(16, 16, 3, padding=1))
+    assert by_winograd(lambda: layer(x)) == 0  # of which gradients are wanted
+    with torch.no_grad():
+        assert "winograd" in str(dk.explain(layer, x))
+        with dk.backend("auto", products="library"):
+            assert by_winograd(lambda: layer(x)) == 0
+        with dk.backend("reference"):
+            assert by_winograd(lambda: layer(x)) == 0
+        for isa in native.isas():
+            with native.isa(isa):  # whose panels may have another width
+                assert by_winograd(lambda: layer(x)) == (isa == native.isas()[0])
+        layer.weight.mul_(2)
+        assert by_winograd(lambda: layer(x)) == 0
+
+
+@needs_products
+@pytest.mark.parametrize("name", NAMES)
+def test_a_packed_model_is_not_less_accurate(name, by_winograd):
+    model, inputs = fused(name)
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(inputs[0].double(), *inputs[1:])
+        plain = rel_rms(model(*inputs), exact)
+        dk.pack(model)
+        assert rel_rms(model(*inputs), exact) <= 1.2 * plain
+        assert by_winograd(lambda: model(*inputs)) >= 2
+
+
+def test_a_packed_bias_may_have_gaps():
+    layer, x = nn.Conv2d(16, 20, 3, padding=1), torch.randn(2, 16, 6, 5)
+    layer.bias = nn.Parameter(torch.randn(40)[::2])
+    with torch.no_grad():
+        plain = layer(x)
+        assert rel_rms(dk.pack(layer)(x), plain) <= 1e-6
 
 
 def test_the_last_two_sizes_of_input_are_kept(used):
@@ -184,6 +252,11 @@ def test_layers_keep_their_names_and_get_their_class_back():
         nn.Conv2d(4, 8, 3, groups=2, dilation=2, padding=2),
         nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"),
         nn.Conv2d(4, 6, 3, padding="same"),
+        nn.Conv2d(16, 20, 3, padding=1),
+        nn.Conv2d(16, 20, 3, padding=1, bias=False),
+        nn.Conv2d(16, 20, 3),
+        nn.Conv2d(16, 20, 3, padding=1, stride=2),
+        nn.Conv2d(32, 32, 3, padding=1, groups=2),
         nn.Linear(5, 7),
         nn.Linear(5, 7, bias=False),
     ],
@@ -194,7 +267,7 @@ def test_any_layer(layer, used):
     if isinstance(layer, nn.Linear):
         inputs = [torch.randn(3, 5), torch.randn(5), torch.randn(2, 3, 5), torch.randn(0, 5), torch.randn(5, 4).t()]
     else:
-        x = torch.randn(2, 4, 9, 8)
+        x = torch.randn(2, layer.in_channels, 9, 8)
         inputs = [x, x[0], x[:0], x.contiguous(memory_format=torch.channels_last), x[:, :, 1:, ::2]]
     with torch.no_grad():
         plain = [layer(x) for x in inputs]
@@ -205,6 +278,7 @@ def test_any_layer(layer, used):
         for x, y in zip(inputs, plain, strict=True):
             result, packed, left = used(lambda: layer(x))  # noqa: B023
             assert result.shape == y.shape
+            assert result.stride() == y.stride() or not x.numel()
             torch.testing.assert_close(result, y, rtol=1e-5, atol=1e-6)
             assert left == 0
             assert packed == (packs and x.numel() > 0 and not (x.ndim == 3 and isinstance(layer, nn.Conv2d)))
@@ -348,9 +422,10 @@ def test_nothing_to_pack_is_said(why):
         dk.unpack(model)
 
 
+@pytest.mark.parametrize("channels", [3, 16])
 @pytest.mark.parametrize("setting", [("padding_mode", "circular"), ("padding", "same"), ("dilation", (2, 2))])
-def test_settings_of_a_packed_layer_are_read(setting):
-    layer, x = nn.Conv2d(3, 5, 3, padding=1), torch.randn(2, 3, 8, 8)
+def test_settings_of_a_packed_layer_are_read(setting, channels):
+    layer, x = nn.Conv2d(channels, 16, 3, padding=1), torch.randn(2, channels, 8, 8)
     dk.pack(layer)
     setattr(layer, *setting)
     if setting[0] == "padding_mode":

@@ -43,6 +43,7 @@ static inline int thread_number() { return 0; }
 #include "pointwise.h"
 #include "sums.h"
 #include "weight_gradient.h"
+#include "winograd.h"
 
 extern const Kernels table;
 const Kernels table = {DICO_STRING(DICO_ISA),
@@ -79,6 +80,10 @@ const Kernels table = {DICO_STRING(DICO_ISA),
                        packed_size,
                        pack,
                        pointwise_scratch,
-                       pointwise};
+                       pointwise,
+                       winograd_packed_size,
+                       winograd_pack,
+                       winograd_scratch,
+                       winograd};
 
 }  // namespace dico::cpu::DICO_ISA

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from dico_kernels import ops
-from dico_kernels._packed import packed
 from dico_kernels.nn._fused import Fused, hooked, plain_convolution, settings, unreadable
 from dico_kernels.nn.adaln import conditioned
-from dico_kernels.ops._library import autocasting, only_numbers
+from dico_kernels.ops._library import autocasting
 from dico_kernels.ops.convolution import convolution, pays
 from dico_kernels.reference import base
 
@@ -136,9 +135,14 @@ def joined(up: nn.Module, reduce: nn.Conv2d, x: Tensor, skip: Tensor) -> Tensor:
 
 def _convolved(conv: nn.Module, x: Tensor) -> Tensor:
     """conv(x), as an op where that is the faster way."""
-    if not torch.compiler.is_compiling() and _separate(conv) and not _runs_packed(conv, x) and pays(x, conv.weight):
-        return convolution(x, conv.weight, conv.bias)
-    y: Tensor = conv(x)
+    if not torch.compiler.is_compiling() and _separate(conv):
+        by_packed = getattr(type(conv), "forward_packed", None)  # of one that pack() found
+        y: Tensor | None = None if by_packed is None else by_packed(conv, x)
+        if y is not None:
+            return y
+        if pays(x, conv.weight):
+            return convolution(x, conv.weight, conv.bias)
+    y = conv(x)
     return y
 
 
@@ -147,13 +151,6 @@ def _separate(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
     if getattr(type(conv), "plain_class", type(conv)) is not nn.Conv2d or hooked(conv) or unreadable(conv):
         return False
     return settings(conv) == plain_convolution(3)
-
-
-def _runs_packed(conv: nn.Conv2d, x: Tensor) -> bool:
-    """Whether a convolution that pack() found multiplies x by its packed weight."""
-    if type(conv) is nn.Conv2d or not only_numbers(x) or x.dtype != conv.weight.dtype:
-        return False
-    return packed(conv.weight) is not None
 
 
 __all__ = ["Downsample", "FusedUShape", "SkipUpsample"]

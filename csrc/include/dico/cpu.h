@@ -65,6 +65,11 @@ struct Kernels {
     // Bytes of scratch that pointwise wants.
     int64_t (*pointwise_scratch)(Dtype, int64_t inputs, int64_t hidden, int64_t block_rows, int threads);
     Kernel<PointwiseArgs> pointwise;
+    // Bytes of a 3x3 weight packed for winograd, and of scratch that winograd wants, aligned to 64.
+    int64_t (*winograd_packed_size)(Dtype, int64_t outputs, int64_t inputs);
+    Kernel<WinogradPackArgs> winograd_pack;
+    int64_t (*winograd_scratch)(Dtype, int64_t inputs, int64_t block_tiles, int threads);
+    Kernel<WinogradArgs> winograd;
 };
 
 // Names compiled in that this processor can run, best first.

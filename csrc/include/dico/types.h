@@ -335,6 +335,27 @@ struct PatchesArgs {
     int64_t k;
 };
 
+// W (outputs, inputs, 3, 3), contiguous, as winograd takes it.
+struct WinogradPackArgs {
+    const void* weight;
+    void* packed;
+    int64_t outputs, inputs;
+};
+
+// y (images, height, width, outputs) = the 3x3 convolution of x (images, height, width, channels), with zeros
+// around.
+struct WinogradArgs {
+    const void* x;
+    const void* packed;
+    const void* bias;  // (outputs), or null
+    void* y;
+    void* scratch;
+    int64_t images, height, width, channels;
+    int64_t outputs;
+    int64_t block_tiles;  // of 2x2 outputs, that are one unit of work
+    int64_t parts;        // of the outputs, too
+};
+
 // rows: rows of small images, (rows, width, 4 * channels) in up; two rows of twice the width in skip and cat for
 // each.
 struct PixelShuffleArgs {
