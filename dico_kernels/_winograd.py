@@ -22,6 +22,8 @@ _TILES = 96
 _BUFFER_BYTES = 1 << 21
 # Inputs or outputs below which transforms take longer than the products that they save.
 _FEWEST = 16
+# Outputs: as many as the widest panel has, or a part could be without any.
+_FEWEST_OF_A_PART = 64
 
 
 def form() -> str:
@@ -75,20 +77,22 @@ def winograd(x: Tensor, packed: Tensor, outputs: int, bias: Tensor | None = None
         dense("bias", bias, (outputs,), x.dtype, x.device)
     y = torch.empty((n, outputs, h, w), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     threads = torch.get_num_threads()
-    tiles, parts = _division(n * -(-h // 2) * -(-w // 2), c, threads)
+    tiles, parts = _division(n * -(-h // 2) * -(-w // 2), c, outputs, threads)
     scratch = SCRATCH.of(extension().winograd_scratch(DTYPES[x.dtype], threads, c, tiles))
     call("winograd", x, x, packed, bias, y, scratch, n, h, w, c, outputs, tiles, parts)
     return y
 
 
-def _division(tiles: int, inputs: int, threads: int) -> tuple[int, int]:
+def _division(tiles: int, inputs: int, outputs: int, threads: int) -> tuple[int, int]:
     """Tiles of a unit of work, and into how many of them its outputs are divided."""
     most = max(6, min(_TILES, _BUFFER_BYTES // (16 * 4 * inputs)))
     blocks = max(1, -(-tiles // most))
-    if blocks < threads:
-        return max(1, -(-tiles // blocks)), threads // math.gcd(blocks, threads)
+    parts = threads // math.gcd(blocks, threads)
+    # So each part of a weight is read once a block; but each part transforms all of a block's inputs.
+    if blocks < threads and parts * _FEWEST_OF_A_PART <= outputs:
+        return max(1, -(-tiles // blocks)), parts
     blocks = -(-blocks // threads) * threads
-    return -(-tiles // blocks), 1
+    return max(1, -(-tiles // blocks)), 1
 
 
 __all__ = ["form", "pack", "pays", "winograd"]

@@ -72,13 +72,15 @@ def test_same_bits_in_any_division(isa, image, monkeypatch):
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 16])
-def test_threads_share_the_work(count):
-    """No thread has nothing to do while another has two units, and no buffer outgrows its bound by much."""
-    for tiles in (1, 16, 64, 100, 1024, 5000):
+@pytest.mark.parametrize("outputs", [16, 64, 136, 1024])
+def test_threads_share_the_work(count, outputs):
+    """The first has the most of it: at most a tenth and a tile more than its share. No buffer outgrows its bound."""
+    for tiles in (1, 16, 64, 100, 256, 1024, 5000):
         for inputs in (16, 128, 512, 4096):
-            block, parts = _winograd._division(tiles, inputs, count)
-            units = -(-tiles // block) * parts
-            assert units % count == 0 or units > 2 * count, (tiles, inputs)
+            block, parts = _winograd._division(tiles, inputs, outputs, count)
+            assert parts == 1 or outputs >= 64 * parts
+            most = -(-(-(-tiles // block) * parts) // count) * block / parts
+            assert most <= 1.1 * tiles / count + 1, (tiles, inputs)
             assert block <= max(6, min(96, 2**21 // (64 * inputs)))
 
 
