@@ -282,13 +282,21 @@ PYBIND11_MODULE(_C, m) {
         return dico::cpu::kernels().winograd_packed_size(static_cast<dico::Dtype>(dtype), outputs, inputs);
     });
     using WP = dico::WinogradPackArgs;
-    bind(m, "winograd_pack", &Kernels::winograd_pack, &WP::weight, &WP::packed, &WP::outputs, &WP::inputs);
+    bind(m, "winograd_pack", &Kernels::winograd_pack, &WP::weight, &WP::packed, &WP::outputs, &WP::inputs,
+         &WP::output_stride, &WP::input_stride, &WP::tap_stride);
     m.def("winograd_scratch", [](int dtype, int threads, int64_t inputs, int64_t block_tiles) {
         return dico::cpu::kernels().winograd_scratch(static_cast<dico::Dtype>(dtype), inputs, block_tiles, threads);
     });
     using WN = dico::WinogradArgs;
     bind(m, "winograd", &Kernels::winograd, &WN::x, &WN::packed, &WN::bias, &WN::y, &WN::scratch, &WN::images,
          &WN::height, &WN::width, &WN::channels, &WN::outputs, &WN::block_tiles, &WN::parts);
+    m.def("winograd_gradient_scratch", [](int dtype, int64_t channels, int64_t outputs, int64_t block_tiles) {
+        return dico::cpu::kernels().winograd_gradient_scratch(static_cast<dico::Dtype>(dtype), channels, outputs,
+                                                              block_tiles);
+    });
+    using WNG = dico::WinogradGradientArgs;
+    bind(m, "winograd_gradient", &Kernels::winograd_gradient, &WNG::dy, &WNG::x, &WNG::dweight, &WNG::scratch,
+         &WNG::images, &WNG::height, &WNG::width, &WNG::channels, &WNG::outputs, &WNG::block_tiles);
 
     py::class_<dico::Recording>(m, "Recording")
         .def(py::init<size_t>())

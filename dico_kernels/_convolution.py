@@ -1,8 +1,9 @@
-"""Dense convolutions as native products over gathered patches: csrc/cpu/convolution.h and gemm.h, on tensors.
+"""Dense convolutions of unpacked weights as native products: by Winograd's algorithm, or over gathered patches.
 
-For few pixels and many weights, as where the U-shaped models are deepest. There the library takes longer to bring the
-weight and its gradient into the layouts of its kernels than to multiply; here the weight is the matrix as it lies. And
-for dtypes that the library has only slow loops for. The patches exist for some images at a time.
+Patches (csrc/cpu/convolution.h and gemm.h, on tensors) are for few pixels and many weights, as where the U-shaped
+models are deepest. There the library takes longer to bring the weight and its gradient into the layouts of its kernels
+than to multiply; here the weight is the matrix as it lies. And for dtypes that the library has only slow loops for.
+They exist for some images at a time.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dico_kernels import _winograd
 from dico_kernels._extension import call
 from dico_kernels._gemm import pack, pointwise
 from dico_kernels._linear import rows
-from dico_kernels._memory import dense, image, kind
+from dico_kernels._memory import image, kind
 from dico_kernels._weight_gradients import weight_gradient
 from dico_kernels.dtypes import accumulation_dtype
 
@@ -26,16 +28,20 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
     Args:
         x: (N, C, H, W), channels_last.
-        weight: (K, C, k, k), contiguous, k odd, of x's dtype.
+        weight: (K, C, k, k), k odd, of x's dtype.
         bias: (K,) or None.
 
     Returns:
-        (N, K, H, W), channels_last.
+        (N, K, H, W), channels_last. By Winograd's algorithm an infinity in x may become NaN.
 
     Raises:
         ValueError: a wrong shape, layout, dtype or device, naming the argument.
     """
-    matrix, k = _matrix(weight, x, 1), weight.shape[2]
+    _check(weight, x, 1)
+    n, _, h, w = x.shape
+    if _winograd.pays_unpacked(n, h, w, weight):
+        return _winograd.convolve(x, weight, bias)
+    matrix, k = weight.reshape(weight.shape[0], -1), weight.shape[2]
     found, kept = [], pack(matrix)
     for part in _chunks(x, weight):
         found.append(pointwise(_patches(x[part], k).permute(0, 3, 1, 2), matrix, bias, kept=kept).y)
@@ -47,10 +53,12 @@ def convolution_gradient(dy: Tensor, weight: Tensor) -> Tensor:
 
     Of a 16-bit dtype it is formed in float32, and rounded once.
     """
-    _matrix(weight, dy, 0)
+    _check(weight, dy, 0)
+    n, _, h, w = dy.shape
+    if _winograd.pays_unpacked(n, h, w, weight):
+        return _winograd.convolve(dy, weight, transposed=True)
     dtype = accumulation_dtype(dy.dtype)
     matrix = weight.reshape(weight.shape[0], -1).to(dtype).t()
-    n, _, h, w = dy.shape
     c, k = weight.shape[1], weight.shape[2]
     dx = torch.empty((n, c, h, w), dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
     kept = pack(matrix)
@@ -65,32 +73,35 @@ def convolution_gradient(dy: Tensor, weight: Tensor) -> Tensor:
 
 def convolution_weight_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """The gradient of convolution's weight, contiguous; dy is (N, K, H, W), channels_last."""
-    matrix = _matrix(weight, x, 1)
+    _check(weight, x, 1)
     n, _, h, w = x.shape
-    outputs, _, k, _ = weight.shape
+    outputs, inputs, k, _ = weight.shape
     image("dy", dy)
     if tuple(dy.shape) != (n, outputs, h, w):
         raise ValueError(f"dy has shape {tuple(dy.shape)}: expected {(n, outputs, h, w)}")
     kind("dy", dy, x.dtype, x.device)
+    if _winograd.pays_unpacked(n, h, w, weight):
+        return _winograd.weight_gradient(dy, x)
     parts, dweight = _chunks(x, weight), None
     for part in parts:
-        patches = _patches(x[part], k).reshape(1, -1, matrix.shape[1])
+        patches = _patches(x[part], k).reshape(1, -1, inputs * k * k)
         own = weight_gradient(rows(dy[part])[None], patches, wide=len(parts) > 1)[0]
         dweight = own if dweight is None else dweight.add_(own)
     assert dweight is not None
     return dweight.to(x.dtype).reshape(weight.shape)
 
 
-def _matrix(weight: Tensor, like: Tensor, dim: int) -> Tensor:
-    """Check, against an image whose channels meet a dimension of the weight; the weight as (K, C * k * k)."""
+def _check(weight: Tensor, like: Tensor, dim: int) -> None:
+    """Against an image whose channels meet a dimension of the weight."""
     image("x" if dim else "dy", like)
     k = weight.shape[-1] if weight.ndim else 0
     if k % 2 == 0 or weight.ndim != 4:
         raise ValueError(f"weight has shape {tuple(weight.shape)}: expected (K, C, k, k), k odd")
     shape = [*weight.shape[:2], k, k]
     shape[dim] = like.shape[1]
-    dense("weight", weight, tuple(shape), like.dtype, like.device)
-    return weight.reshape(weight.shape[0], -1)
+    if list(weight.shape) != shape:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}: expected {tuple(shape)}")
+    kind("weight", weight, like.dtype, like.device)
 
 
 def _chunks(x: Tensor, weight: Tensor) -> list[slice]:

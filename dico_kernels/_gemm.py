@@ -39,7 +39,7 @@ _BUFFER_BYTES = 3 << 18
 _MANY = 64
 
 
-class _Scratch(threading.local):
+class Scratch(threading.local):
     """A thread's buffer, kept: fresh memory of this size costs a page fault each 4 KiB under glibc's defaults."""
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class _Scratch(threading.local):
         return self.bytes
 
 
-SCRATCH = _Scratch()
+SCRATCH = Scratch()
 
 
 def _block_rows(images: int, rows: int, inputs: int, size: int) -> int:

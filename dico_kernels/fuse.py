@@ -218,6 +218,9 @@ def fuse(model: Model, *, recompute: bool = False) -> Model:
     left alone unless outputs and gradients agree to 1e-5. Nothing is done to a class, only to instances; parameters,
     keys, hooks, ``isinstance``, pickle and deepcopy stay as they were.
 
+    On a CPU dense 3x3 convolutions of 192 pixels or more may go by Winograd's algorithm, in float32 with a smaller
+    error, but an infinity in their input may become NaN. A thread that runs the model keeps up to 64 MiB for it.
+
     Args:
         model: any module, on any device or "meta".
         recompute: have the blocks keep less for backward and compute that anew there: of a feed-forward half, or of

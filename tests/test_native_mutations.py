@@ -209,8 +209,8 @@ BUGS = {
     ),
     "the first of a panel's blocks of inputs packed for each": Bug(
         "winograd.h",
-        "(panel + n + i) * a.inputs + c",
-        "(panel + n + i) * a.inputs",
+        "(panel + n + i) * a.output_stride + c * a.input_stride",
+        "(panel + n + i) * a.output_stride",
         "test_winograd.py::test_against_float64",
     ),
     "a tile's first element multiplied for each": Bug(
@@ -218,6 +218,31 @@ BUGS = {
         "packed + e * a.channels * vectors * L",
         "packed",
         "test_winograd.py::test_against_float64",
+    ),
+    "a border's sign lost in a transformed gradient": Bug(
+        "winograd_gradient.h",
+        "to[3 * distance] = -b;",
+        "to[3 * distance] = b;",
+        "test_winograd.py::test_weight_gradient",
+    ),
+    "a weight's gradient without a tile's last element": Bug(
+        "winograd_gradient.h",
+        "sum + u[3 * distance]",
+        "sum",
+        "test_winograd.py::test_weight_gradient",
+    ),
+    "a block's products in place of the sum so far": Bug(
+        "winograd_gradient.h",
+        "first > 0",
+        "0",
+        "test_winograd.py::test_weight_gradient",
+        around="product.add = {};",
+    ),
+    "a neighbour's gradient for what is past the edge": Bug(
+        "winograd_gradient.h",
+        "h < a.height && w < a.width",
+        "h < a.height",
+        "test_winograd.py::test_weight_gradient",
     ),
     "neighbours transposed": Bug(
         "convolution.h",

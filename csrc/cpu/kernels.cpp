@@ -44,6 +44,7 @@ static inline int thread_number() { return 0; }
 #include "sums.h"
 #include "weight_gradient.h"
 #include "winograd.h"
+#include "winograd_gradient.h"
 
 extern const Kernels table;
 const Kernels table = {DICO_STRING(DICO_ISA),
@@ -84,6 +85,8 @@ const Kernels table = {DICO_STRING(DICO_ISA),
                        winograd_packed_size,
                        winograd_pack,
                        winograd_scratch,
-                       winograd};
+                       winograd,
+                       winograd_gradient_scratch,
+                       winograd_gradient};
 
 }  // namespace dico::cpu::DICO_ISA

@@ -219,7 +219,7 @@ static void weight_gradient_typed(const WeightGradientArgs& a, int threads) {
         const int64_t samples = a.samples - n0 < plan.together ? a.samples - n0 : plan.together;
         const int64_t s0 = part * plan.run, left = plan.segments - s0, run = left < plan.run ? left : plan.run;
         const int64_t both = plan.strips + plan.panels;
-        const bool begun = n0 || part, ends = n0 + samples == a.samples && s0 + run == plan.segments;
+        const bool begun = a.add || n0 || part, ends = n0 + samples == a.samples && s0 + run == plan.segments;
 #pragma omp for schedule(static)
         for (int64_t unit = 0; unit < samples * run * both; ++unit) {
             const int64_t i = unit / both, n = n0 + i / run, segment = s0 + i % run, strip = unit % both;

@@ -80,10 +80,11 @@ static void winograd_pack_typed(const WinogradPackArgs& a, int threads) {
                 V u[kElements][L] = {};  // by output, of kLanes inputs
                 for (int64_t i = 0; i < L && n + i < own; ++i) {
                     const T* const from =
-                        static_cast<const T*>(a.weight) + ((panel + n + i) * a.inputs + c) * kTaps;
+                        static_cast<const T*>(a.weight) + (panel + n + i) * a.output_stride + c * a.input_stride;
                     V w[kTaps] = {}, half[4][3], all[kElements];
                     for (int64_t l = 0; l < inputs; ++l)
-                        for (int t = 0; t < kTaps; ++t) w[t][l] = load(from + l * kTaps + t);
+                        for (int t = 0; t < kTaps; ++t)
+                            w[t][l] = load(from + l * a.input_stride + t * a.tap_stride);
                     for (int j = 0; j < 3; ++j) spread(w[j], w[3 + j], w[6 + j], &half[0][j], 3);
                     for (int r = 0; r < 4; ++r) spread(half[r][0], half[r][1], half[r][2], all + 4 * r, 1);
                     for (int e = 0; e < kElements; ++e) u[e][i] = all[e];

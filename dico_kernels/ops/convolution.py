@@ -1,7 +1,8 @@
-"""Dense convolution of few pixels with many weights, as where a U-shaped model goes up from its lowest level.
+"""Dense convolutions, as between the levels of a U-shaped model, where native ones are faster than the library's.
 
-And of any number in 16-bit dtypes on a CPU whose library has no convolution of them but slow loops. Not among the
-public ops: elsewhere, and on GPUs, the library's convolution is the faster one, and is what runs.
+Of few pixels with many weights; 3x3 of more in float32; and of any in 16-bit dtypes on a CPU whose library has no
+convolution of them but slow loops. Not among the public ops: elsewhere, and on GPUs, the library's convolution is the
+faster one, and is what runs.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dico_kernels import _winograd
 from dico_kernels._linear import loops
 from dico_kernels.dtypes import accumulation_dtype
 from dico_kernels.ops import _checks as check
@@ -33,10 +35,11 @@ def pays(x: Tensor, weight: Tensor) -> bool:
         return False
     dtype = torch.get_autocast_dtype(x.device.type) if lowered and x.dtype != torch.float64 else x.dtype
     if not x.is_cpu or not loops(dtype):
-        if not _are_few(x, weight, gradients) or not weight.is_contiguous():
+        few = _are_few(x, weight, gradients) and weight.is_contiguous()
+        if lowered and not gradients:
+            few = False  # PyTorch keeps a cast weight for the next call
+        if not few and not _is_for_winograd(x, weight, dtype):
             return False
-        if not gradients and lowered:
-            return False  # PyTorch keeps a cast weight for the next call
     return multiplies_natively(weight if weight.dtype == dtype else weight.new_empty(0, dtype=dtype), x)
 
 
@@ -46,11 +49,16 @@ def _are_few(x: Tensor, weight: Tensor, backward: bool = False) -> bool:
     return 0 < n * h * w * (1 if backward else 4) <= weight.shape[0]
 
 
+def _is_for_winograd(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
+    n, _, h, w = x.shape
+    return _winograd.pays_unpacked(n, h, w, weight, dtype)
+
+
 def _is_own(x: Tensor, weight: Tensor, backward: bool = False) -> bool:
     """Whether native's is the one to convolve, or to form the gradients."""
-    if not x.numel() or not (loops(x.dtype) or _are_few(x, weight, backward)):
+    if not x.numel() or not multiplies_natively(weight, x):
         return False
-    return multiplies_natively(weight, x)
+    return loops(x.dtype) or _are_few(x, weight, backward) or _is_for_winograd(x, weight, x.dtype)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -72,7 +80,7 @@ def _own(entry: str, x: Tensor) -> Callable[..., Tensor] | None:
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     _check(x, weight, bias)
-    x, weight = check.channels_last(x), weight.contiguous()
+    x = check.channels_last(x)
     if _is_own(x, weight) and (own := _own("convolution", x)) is not None:
         return own(x, weight, check.dense(bias))
     return _image(F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2))
@@ -91,7 +99,7 @@ def _image(t: Tensor) -> Tensor:
 
 def _backward(dy: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool) -> tuple[Tensor, Tensor]:
     check.like_image("dy", dy, _fake(x, weight))
-    dy, x, weight = check.channels_last(dy), check.channels_last(x), weight.contiguous()
+    dy, x = check.channels_last(dy), check.channels_last(x)
     ours = _is_own(x, weight, backward=True)
     # Of a 16-bit dtype ours is formed in float32, or each tap's would be rounded: no match for a product of that dtype.
     fast = x.dtype == accumulation_dtype(x.dtype) or loops(x.dtype)
@@ -99,14 +107,17 @@ def _backward(dy: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool
     own_dweight = _own("convolution_weight_gradient", x) if of_weight and ours else None
     half, one = [weight.shape[-1] // 2] * 2, [1, 1]
     left = [of_x and own_dx is None, of_weight and own_dweight is None, False]
-    dx, dweight, _ = torch.ops.aten.convolution_backward(dy, x, weight, None, one, half, one, False, [0, 0], 1, left)
+    dx = dweight = None
+    if any(left):
+        options = (None, one, half, one, False, [0, 0], 1)
+        dx, dweight, _ = torch.ops.aten.convolution_backward(dy, x, weight.contiguous(), *options, left)
     if own_dx is not None:
         dx = own_dx(dy, weight)
     if own_dweight is not None:
         dweight = own_dweight(dy, x, weight)
+    empty = x.new_empty(0)
     # Anew from its elements: dimensions of 1 leave strides open here, too.
-    dweight = dweight.reshape(-1).view(weight.shape) if of_weight else x.new_empty(0)
-    return _image(dx) if of_x else x.new_empty(0), dweight
+    return empty if dx is None else _image(dx), empty if dweight is None else dweight.reshape(-1).view(weight.shape)
 
 
 def _backward_fake(dy: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool) -> tuple[Tensor, Tensor]:

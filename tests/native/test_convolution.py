@@ -7,7 +7,7 @@ import torch
 from support import rel_rms
 from torch.nn import functional as F
 
-from dico_kernels import _convolution, _extension, native
+from dico_kernels import _convolution, _extension, _winograd, native
 from dico_kernels.dtypes import accumulation_dtype
 
 # images, inputs, height, width, outputs, kernel: one pixel, odd everything, a kernel larger than the image, 1x1, and
@@ -40,6 +40,21 @@ def test_a_bias_is_added(isa, dtype, image, check):
     x, weight, dy = inputs((2, 5, 3, 7, 4, 3), dtype, image)
     bias = torch.randn(4, dtype=torch.float64).to(dtype)
     results = [*evaluate(x, weight, dy, bias), dy.double().sum((0, 2, 3)).to(dtype)]
+    check(results, lambda *a: F.conv2d(*a, padding=1), [x, weight, bias], [dy], summed={2: dy[:, 0].numel()})
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["usual", "channels_last"])
+def test_of_many_pixels(isa, layout, image, check, monkeypatch):
+    """By Winograd's algorithm, where products are ours at all: nothing is gathered."""
+    x, weight, dy = inputs((2, 17, 16, 17, 24, 3), torch.float32, image)
+    weight, bias = weight.to(memory_format=layout), torch.randn(24)
+    called = []
+    for module in (_convolution, _winograd):
+        monkeypatch.setattr(module, "call", lambda name, *a: called.append(name) or _extension.call(name, *a))
+    results = [*evaluate(x, weight, dy, bias), dy.double().sum((0, 2, 3)).float()]
+    by_patches = ["patches_backward", "patches", "patches"]
+    by_winograd = ["winograd_pack", "winograd", "winograd_gradient", "winograd_pack", "winograd"]
+    assert called == (by_patches if isa == "base" else by_winograd)
     check(results, lambda *a: F.conv2d(*a, padding=1), [x, weight, bias], [dy], summed={2: dy[:, 0].numel()})
 
 
@@ -95,7 +110,6 @@ def test_bad_arguments_are_named(image):
         "x has strides": lambda: native.convolution(x.contiguous(), weight),
         "weight has shape .* k odd": lambda: native.convolution(x, weight[..., :2, :2].contiguous()),
         r"weight has shape \(4, 4, 3, 3\)": lambda: native.convolution(x, weight[:, :4].contiguous()),
-        "weight has .*contiguous": lambda: native.convolution(x, weight.to(memory_format=torch.channels_last)),
         "weight is torch.float64": lambda: native.convolution(x, weight.double()),
         r"weight has shape \(2, 5": lambda: native.convolution_gradient(dy, weight[:2].contiguous()),
         "dy has strides": lambda: native.convolution_gradient(dy.contiguous(), weight),

@@ -22,7 +22,7 @@ BEHIND = ["nothing", "GELU", "gate", "GELU, product, gate"]
 @pytest.fixture(autouse=True)
 def _fresh_scratch(monkeypatch):
     """Scratch that is kept between calls would hide what is read before it is written."""
-    monkeypatch.setattr(_gemm, "SCRATCH", _gemm._Scratch())
+    monkeypatch.setattr(_gemm, "SCRATCH", _gemm.Scratch())
 
 
 @pytest.fixture

@@ -7,7 +7,9 @@ import torch
 from support import rel_rms, threads
 from torch.nn import functional as F
 
-from dico_kernels import _winograd, native
+from dico_kernels import _gemm, _winograd, native
+from dico_kernels._linear import loops
+from dico_kernels.dtypes import accumulation_dtype
 
 # images, inputs, height, width, outputs: one pixel, odd everything, images of a tile and less, panels of any width
 CASES = [(1, 1, 1, 1, 1), (2, 5, 3, 7, 4), (3, 17, 4, 2, 9), (2, 33, 1, 9, 70), (1, 24, 2, 2, 136), (2, 40, 6, 5, 65)]
@@ -23,6 +25,13 @@ def convolve(x, weight, bias=None):
     return native.winograd(x, _winograd.pack(weight), weight.shape[0], bias)
 
 
+@pytest.fixture(autouse=True)
+def _fresh_scratch(monkeypatch):
+    """What is kept between calls would hide what is read before it is written."""
+    for name in ("SCRATCH", "_WEIGHT"):
+        monkeypatch.setattr(_winograd, name, _gemm.Scratch())
+
+
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_against_float64(isa, case, dtype, biased, image):
@@ -34,6 +43,76 @@ def test_against_float64(isa, case, dtype, biased, image):
     exact = F.conv2d(x.double(), weight.double(), None if bias is None else bias.double(), padding=1)
     # A 16-bit result is one rounding of it.
     assert rel_rms(y, exact) <= {torch.float64: 2e-15, torch.float32: 4e-7}.get(dtype, torch.finfo(dtype).eps / 2)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_weight_packed_for_the_call(isa, case, dtype, image):
+    """The same bits as of one that is kept, in any strides; transposed, too."""
+    x, weight, bias = problem(case, dtype, image)
+    y = convolve(x, weight, bias)
+    gaps = torch.zeros(*weight.shape, 2, dtype=dtype)[..., 0].copy_(weight)
+    cut = F.pad(weight, (1, 2, 0, 0, 1, 0))[:, 1:, :, 1:4]  # a row of taps is not three taps from the next
+    for same in (weight, weight.to(memory_format=torch.channels_last), gaps, cut):
+        assert torch.equal(_winograd.convolve(x, same, bias), y)
+    x, bias = image((x.shape[0], weight.shape[0], *x.shape[2:]), dtype), bias.new_ones(weight.shape[1])
+    exact = F.conv_transpose2d(x.double(), weight.double(), bias.double(), padding=1)
+    for same in (weight, weight.to(memory_format=torch.channels_last), gaps, cut):
+        y = _winograd.convolve(x, same, bias, transposed=True)
+        assert rel_rms(y, exact) <= {torch.float64: 2e-15, torch.float32: 4e-7}.get(dtype, torch.finfo(dtype).eps / 2)
+
+
+@pytest.mark.parametrize("bytes_of_a_block", [None, 0], ids=["at once", "in blocks"])
+@pytest.mark.parametrize("case", [*CASES, (4, 20, 11, 19, 35)], ids=str)
+def test_weight_gradient(isa, case, dtype, bytes_of_a_block, image, monkeypatch):
+    """Of a sum over pixels: the root of their number in roundings; and one of a 16-bit result."""
+    if bytes_of_a_block is not None:
+        monkeypatch.setattr(_winograd, "_BLOCK_BYTES", bytes_of_a_block)
+        monkeypatch.setattr(_winograd, "_TILES", 7)
+    x, weight, _ = problem(case, dtype, image)
+    dy = image((x.shape[0], weight.shape[0], *x.shape[2:]), dtype)
+    dweight = _winograd.weight_gradient(dy, x)
+    assert dweight.dtype == dtype
+    assert dweight.is_contiguous()
+    exact = torch.nn.grad.conv2d_weight(x.double(), weight.shape, dy.double(), padding=1)
+    wide = accumulation_dtype(dtype)
+    pixels = x[:, 0].numel()
+    budget = 2 * torch.finfo(wide).eps * pixels**0.5 + (torch.finfo(dtype).eps / 2 if dtype != wide else 0)
+    assert rel_rms(dweight, exact) <= budget
+
+
+def test_weight_gradient_of_each_tap(isa, image):
+    """Of integers, and so exact: inside, across every border, and in an image that has half of a tile."""
+    for size in ((6, 8), (5, 7), (1, 1), (3, 2)):
+        x, dy = (image((2, c, *size), torch.float32).mul(10).round() for c in (5, 3))
+        exact = torch.nn.grad.conv2d_weight(x, (3, 5, 3, 3), dy, padding=1)
+        assert torch.equal(_winograd.weight_gradient(dy, x), exact)
+
+
+def test_weight_gradient_of_many_pixels_keeps_digits(isa, image):
+    """A mean, as of activations, makes each sum large."""
+    x, dy = (image((2, c, 40, 40), torch.float32) + 1 for c in (16, 24))
+    exact = torch.nn.grad.conv2d_weight(x.double(), (24, 16, 3, 3), dy.double(), padding=1)
+    plain = torch.nn.grad.conv2d_weight(x, (24, 16, 3, 3), dy, padding=1)
+    assert rel_rms(_winograd.weight_gradient(dy, x), exact) <= max(2 * rel_rms(plain, exact), 1e-6)
+
+
+def test_when_a_weight_is_packed_for_a_call():
+    """For many pixels, where native products are the faster ones, as long as what is kept has a bound."""
+    weight = torch.empty(64, 32, 3, 3)
+    with native.isa("base"):
+        assert not _winograd.pays_unpacked(4, 32, 32, weight)
+    fast = _gemm.multiplies(weight)
+    for given in (weight, weight.to(memory_format=torch.channels_last), weight.transpose(0, 1)):
+        assert _winograd.pays_unpacked(4, 32, 32, given) == fast
+        assert _winograd.pays_unpacked(1, 12, 16, given) == fast
+    assert _winograd.pays_unpacked(4, 32, 32, weight.bfloat16()) == (fast and loops(torch.bfloat16))
+    assert _winograd.pays_unpacked(4, 32, 32, weight, torch.bfloat16) == (fast and loops(torch.bfloat16))
+    for size, given in [
+        *(((1, 12, 15), weight), ((4, 32, 32), weight[:15]), ((4, 32, 32), weight.double())),
+        *(((4, 32, 32), torch.empty(64, 32, 5, 5)), ((4, 32, 32), torch.empty(1025, 1024, 3, 3))),
+        *(((4, 32, 32), torch.empty(64, 32, 3, 4)[..., :3]), ((4, 32, 32), weight.to("meta"))),
+    ]:
+        assert not _winograd.pays_unpacked(*size, given)
 
 
 def test_more_accurate_than_the_definition(isa, image):
@@ -63,6 +142,12 @@ def test_same_bits_on_any_number_of_threads(isa, dtype, image, same_bits):
         same_bits(lambda v=(x, weight, bias): [convolve(*v)])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_same_bits_of_a_weight_gradient(isa, dtype, image, same_bits):
+    x, dy = image((3, 20, 31, 30), dtype), image((3, 60, 31, 30), dtype)
+    same_bits(lambda: [_winograd.weight_gradient(dy, x)])
+
+
 def test_same_bits_in_any_division(isa, image, monkeypatch):
     x, weight, bias = problem((3, 20, 9, 11, 150), torch.float32, image)
     whole = convolve(x, weight, bias)
@@ -87,6 +172,7 @@ def test_threads_share_the_work(count, outputs):
 def test_an_empty_batch(isa, image):
     x, weight, bias = problem((2, 5, 3, 7, 4), torch.float32, image)
     assert convolve(x[:0], weight, bias).shape == (0, 4, 3, 7)
+    assert not _winograd.weight_gradient(x[:0, :3].contiguous(memory_format=torch.channels_last), x[:0]).any()
 
 
 @pytest.mark.parametrize("pixel", [(6, 5), (5, 6), (4, 4), (0, 11)], ids=str)
@@ -123,6 +209,15 @@ def test_bad_arguments_are_named(image):
         "bias is torch.float64": lambda: native.winograd(x, kept, 4, bias.double()),
         r"weight is torch.float32 \(4, 5, 1, 1\): .*\(K, C, 3, 3\)": lambda: _winograd.pack(weight[..., :1, :1]),
         r"weight is torch.int64": lambda: _winograd.pack(weight.long()),
+        "weight is torch.float64 on": lambda: _winograd.convolve(x, weight.double()),
+        r"weight is torch.float32 \(4, 5, 1, 1\)": lambda: _winograd.convolve(x, weight[..., :1, :1]),
+        r"x has 5 channels: expected 4, as weight \(4, 5, 3, 3\) has": lambda: _winograd.convolve(
+            x, weight, transposed=True
+        ),
+        "x has strides ": lambda: _winograd.convolve(x.contiguous(), weight),
+        "dy has strides": lambda: _winograd.weight_gradient(x.contiguous(), x),
+        r"dy has shape \(1, 5, 3, 7\)": lambda: _winograd.weight_gradient(x[:1], x),
+        "dy is torch.float64": lambda: _winograd.weight_gradient(x.double(), x),
     }.items():
         with pytest.raises(ValueError, match=named):
             call()

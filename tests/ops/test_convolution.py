@@ -10,6 +10,7 @@ from support import rel_rms
 from torch.nn import functional as F
 
 import dico_kernels as dk
+from dico_kernels import native
 from dico_kernels._linear import loops
 from dico_kernels.ops._backends import recording
 from dico_kernels.ops.convolution import convolution, pays
@@ -157,8 +158,36 @@ def test_the_way_down_of_a_model(name, change, monkeypatch):
     assert seen.count("convolution") == {"fused": everywhere, "compiled": 0}.get(change, everywhere - 1)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["usual", "channels_last"])
+def test_many_pixels(layout):
+    """By Winograd's algorithm, whatever the weight's layout."""
+    weight = torch.randn(64, 32, 3, 3).div(10).to(memory_format=layout).requires_grad_()
+    x, bias = torch.randn(2, 32, 16, 16, requires_grad=True), torch.randn(64, requires_grad=True)
+    with dk.backend("auto", products="fused"):
+        entries = ["convolution", "convolution_gradient", "convolution_weight_gradient"]
+        own = native.available() and native.multiplies(weight)
+        assert pays(x, weight) == own
+        with torch.no_grad():
+            assert pays(x, weight) == own
+            assert not pays(x[:1, :, :11], weight)
+            assert not pays(x.double(), weight.double())
+        with torch.autocast("cpu"):
+            assert pays(x, weight) == loops(torch.bfloat16)
+        seen = []
+        with recording(lambda choice: seen.append(choice.entry)):
+            y = convolution(x, weight, bias)
+            found = gradients(y, x, weight, bias)
+        assert seen == (entries if own else [])
+    exact = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
+    assert rel_rms(y, exact) < 1e-6
+    for ours, theirs in zip(found, gradients(exact, x, weight, bias), strict=True):
+        assert rel_rms(ours, theirs) < 1e-6
+    with dk.backend("auto", products="library"):
+        assert not pays(x, weight)
+
+
 def test_pays_where_pixels_are_few(monkeypatch):
-    weight = torch.empty(256, 32, 3, 3)
+    weight = torch.empty(256, 32, 5, 5)  # for which there is no other way
     with dk.backend("auto", products="fused"):
         for x in (torch.empty(1, 32, 8, 8), torch.empty(4, 32, 8, 8, requires_grad=True)):
             assert pays(x, weight)

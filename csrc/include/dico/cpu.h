@@ -70,6 +70,9 @@ struct Kernels {
     Kernel<WinogradPackArgs> winograd_pack;
     int64_t (*winograd_scratch)(Dtype, int64_t inputs, int64_t block_tiles, int threads);
     Kernel<WinogradArgs> winograd;
+    // Bytes of scratch that winograd_gradient wants, aligned to 64.
+    int64_t (*winograd_gradient_scratch)(Dtype, int64_t channels, int64_t outputs, int64_t block_tiles);
+    Kernel<WinogradGradientArgs> winograd_gradient;
 };
 
 // Names compiled in that this processor can run, best first.

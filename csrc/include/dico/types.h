@@ -231,6 +231,7 @@ struct WeightGradientArgs {
     int64_t samples, pixels, outputs, inputs;
     int64_t gate_stride;
     int64_t wide;
+    int64_t add;  // to what dweight, wide, holds
 };
 
 // attention = sigmoid(W mean + b), mean = sums / pixels; each (images, channels).
@@ -335,11 +336,12 @@ struct PatchesArgs {
     int64_t k;
 };
 
-// W (outputs, inputs, 3, 3), contiguous, as winograd takes it.
+// W (outputs, inputs, 9), in any strides, as winograd takes it.
 struct WinogradPackArgs {
     const void* weight;
     void* packed;
     int64_t outputs, inputs;
+    int64_t output_stride, input_stride, tap_stride;  // may be negative
 };
 
 // y (images, height, width, outputs) = the 3x3 convolution of x (images, height, width, channels), with zeros
@@ -354,6 +356,17 @@ struct WinogradArgs {
     int64_t outputs;
     int64_t block_tiles;  // of 2x2 outputs, that are one unit of work
     int64_t parts;        // of the outputs, too
+};
+
+// dweight (outputs, channels, 3, 3) of that convolution; x as there, dy as y.
+struct WinogradGradientArgs {
+    const void* dy;
+    const void* x;
+    void* dweight;
+    void* scratch;
+    int64_t images, height, width, channels;
+    int64_t outputs;
+    int64_t block_tiles;  // of which the transformed exist at a time
 };
 
 // rows: rows of small images, (rows, width, 4 * channels) in up; two rows of twice the width in skip and cat for
